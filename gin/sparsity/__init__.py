@@ -1,0 +1,1 @@
+"""Gin files for sparse training: `include 'sparsity/rigl.gin'` finds them here."""

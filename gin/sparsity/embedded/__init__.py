@@ -1,0 +1,1 @@
+"""Model and run files of the embedded host; they run on T5X too."""
