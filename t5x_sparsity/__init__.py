@@ -1,0 +1,53 @@
+"""Sparse training of language models with T5X, or with any optax optimizer."""
+
+from __future__ import annotations
+
+import importlib
+
+from t5x_sparsity.algorithms import SET, Dense, Magnitude, RigL, Static
+from t5x_sparsity.metrics import sparsity_summary
+from t5x_sparsity.patterns import NByM, Unstructured
+from t5x_sparsity.plan import Rule
+from t5x_sparsity.schedules import Constant, Cosine, Listed, Never, OneShot, Periodic, Polynomial
+from t5x_sparsity.sparsify import SparsityConfig, apply_masks, sparsify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Dense",
+    "Listed",
+    "Magnitude",
+    "NByM",
+    "Never",
+    "OneShot",
+    "Periodic",
+    "Polynomial",
+    "RigL",
+    "Rule",
+    "SET",
+    "SparseTrainStateInitializer",
+    "SparsityConfig",
+    "Static",
+    "Unstructured",
+    "apply_masks",
+    "host",
+    "sparse_trainer",
+    "sparsify",
+    "sparsity_summary",
+]
+
+# Names that need a host, T5X or the embedded one: loaded when a gin file or a user asks for them.
+_LAZY = {
+    "SparseTrainStateInitializer": "t5x_sparsity.plugin",
+    "sparse_trainer": "t5x_sparsity.plugin",
+}
+
+
+def __getattr__(name: str):
+    if name == "host":
+        return importlib.import_module("t5x_sparsity.host")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

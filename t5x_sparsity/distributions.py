@@ -1,0 +1,90 @@
+"""How a total sparsity is shared among layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def uniform(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
+    """Every layer at the same sparsity."""
+    del weights
+    return {path: sparsity for path in shapes}
+
+
+def er(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
+    """Erdos-Renyi: density ~ (a + b) / (a b) over a layer's last two dims.
+
+    Mocanu et al. 2018, arXiv:1707.04780; as used by Evci et al. 2020, arXiv:1911.11134, section 3.
+    """
+    return _scaled({p: _sum_over_product(s[-2:]) for p, s in shapes.items()}, sparsity, weights)
+
+
+def erk(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: `er` over all dims (Evci et al. 2020, arXiv:1911.11134, section 3)."""
+    return _scaled({p: _sum_over_product(s) for p, s in shapes.items()}, sparsity, weights)
+
+
+DISTRIBUTIONS: dict[str, Callable[[Shapes, float, Mapping[str, int]], dict[str, float]]] = {
+    "uniform": uniform,
+    "er": er,
+    "erk": erk,
+}
+
+
+def check_distribution(name: str) -> None:
+    """Raises ValueError for an unknown name."""
+    if name not in DISTRIBUTIONS:
+        raise ValueError(
+            f"unknown sparsity distribution {name!r} (SPARSITY_DISTRIBUTION); choose one of "
+            + ", ".join(repr(n) for n in DISTRIBUTIONS)
+        )
+
+
+def distribute(
+    name: str, shapes: Shapes, sparsity: float, slices: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Returns each layer's sparsity so that the total over all of them is `sparsity`.
+
+    Args:
+      name: 'uniform', 'er' or 'erk'.
+      shapes: path -> shape of one slice of the layer, stacked dims taken out.
+      sparsity: of all these weights together, in [0, 1].
+      slices: path -> how many slices the layer is a stack of; every slice gets the same sparsity.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    check_distribution(name)
+    slices = slices or {}
+    weights = {p: math.prod(s) * slices.get(p, 1) for p, s in shapes.items()}
+    return DISTRIBUTIONS[name](shapes, sparsity, weights)
+
+
+def _sum_over_product(dims: Sequence[int]) -> float:
+    return sum(dims) / math.prod(dims)
+
+
+def _scaled(
+    raw: Mapping[str, float], sparsity: float, weights: Mapping[str, int]
+) -> dict[str, float]:
+    """density = eps raw, with eps such that the total comes out, and no density above 1.
+
+    A layer whose density would pass 1 is dense, together with all that tie with it, and eps is
+    solved again for the rest.
+    """
+    budget = (1 - sparsity) * sum(weights.values())
+    left = sorted(raw, key=lambda p: -raw[p])
+    dense: set[str] = set()
+    while left:
+        eps = budget / sum(raw[p] * weights[p] for p in left)
+        if eps * raw[left[0]] <= 1:
+            return {p: 0.0 if p in dense else 1 - eps * raw[p] for p in raw}
+        top = raw[left[0]]
+        full = [p for p in left if raw[p] >= top * (1 - 1e-12)]
+        dense.update(full)
+        budget -= sum(weights[p] for p in full)
+        left = [p for p in left if p not in dense]
+    return {p: 0.0 for p in raw}

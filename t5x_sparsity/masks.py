@@ -1,0 +1,98 @@
+"""How a mask is stored, applied and counted.
+
+A mask is True where the weight is kept. It is stored as uint8, eight weights a byte along one axis,
+the first in the lowest bit; every other axis is left as it is, so that the stored mask takes its
+weight's PartitionSpec. Where no axis packs evenly under the usual shardings, it is stored a byte a
+weight. Which axis it is follows from the weight's shape and logical names alone, never from the
+mesh, and can be read back from the two shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+# A packed axis must still split this many ways, whatever the weight's mesh axis.
+_USUAL_SHARDS = 8
+
+
+def pack_axis(shape: Sequence[int], stack_axes: Sequence[int] = ()) -> int | None:
+    """The axis along which a mask of this shape is packed, None for a byte a weight.
+
+    An inner axis is the last resort: unpacking it would shuffle vector lanes. Of the others, the
+    one whose packed length has the largest power of two in it, since meshes are powers of two.
+    """
+
+    def ways(axis: int) -> int:
+        length = shape[axis] // 8
+        return length & -length  # the largest power of two that divides it
+
+    axes = [
+        a
+        for a in range(len(shape))
+        if a not in stack_axes and shape[a] % 8 == 0 and ways(a) >= _USUAL_SHARDS
+    ]
+    outer = [a for a in axes if a != len(shape) - 1]
+    return max(outer or axes, key=lambda a: (ways(a), -a), default=None)
+
+
+def packed_shape(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:
+    """Shape of the stored mask."""
+    return tuple(n // 8 if a == axis else n for a, n in enumerate(shape))
+
+
+def pack(mask: jax.Array, axis: int | None) -> jax.Array:
+    """bool mask -> uint8, an eighth as long along `axis`; a byte a weight where axis is None."""
+    if axis is None:
+        return mask.astype(jnp.uint8)
+    shape = mask.shape
+    bits = mask.reshape(*shape[:axis], shape[axis] // 8, 8, *shape[axis + 1 :]).astype(jnp.uint8)
+    return jnp.sum(bits << _shifts(bits.ndim, axis), axis=axis + 1, dtype=jnp.uint8)
+
+
+def unpack(packed: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Stored mask -> bool mask of the weight's `shape`.
+
+    Raises:
+      ValueError: the stored mask does not belong to a weight of that shape.
+    """
+    shape = tuple(shape)
+    axis = stored_axis(packed.shape, shape)
+    if axis is None:
+        return packed != 0
+    shifts = _shifts(packed.ndim + 1, axis)
+    bits = (jnp.expand_dims(packed, axis + 1) >> shifts) & jnp.uint8(1)
+    return (bits != 0).reshape(shape)
+
+
+def stored_axis(packed_shape: Sequence[int], shape: Sequence[int]) -> int | None:
+    """The axis a stored mask is packed along, read off the two shapes."""
+    packed_shape, shape = tuple(packed_shape), tuple(shape)
+    if packed_shape == shape:
+        return None
+    if len(packed_shape) == len(shape):
+        differs = [a for a, (p, n) in enumerate(zip(packed_shape, shape, strict=True)) if p != n]
+        if len(differs) == 1 and packed_shape[differs[0]] * 8 == shape[differs[0]]:
+            return differs[0]
+    raise ValueError(
+        f"a stored mask of shape {packed_shape} does not fit a weight of shape {shape}: one axis "
+        "must be an eighth as long, or none differ"
+    )
+
+
+def _shifts(ndim: int, axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(
+        jnp.uint8, tuple(8 if a == axis + 1 else 1 for a in range(ndim)), axis + 1
+    )
+
+
+def apply(arrays: Mapping[str, jax.Array], stored: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Zeroes what the stored masks prune; arrays without a mask pass through."""
+    return {
+        path: jnp.where(unpack(stored[path], x.shape), x, jnp.zeros((), x.dtype))
+        if path in stored
+        else x
+        for path, x in arrays.items()
+    }

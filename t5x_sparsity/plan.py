@@ -1,0 +1,236 @@
+"""From rules, shapes and logical axes to one `LayerPlan` a sparse weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity import distributions, masks
+from t5x_sparsity.patterns import Pattern, Unstructured
+
+# Logical names of axes along which a weight is a stack of layers or experts.
+STACKED_AXES = frozenset({"layers", "stack", "expert", "experts"})
+
+# Weights that stay dense unless a rule says otherwise: embeddings, logits, relative-position
+# biases, routers. Matched against the lower-cased path.
+DENSE_BY_DEFAULT = r"embed|logits|relpos|rel_bias|relative_attention_bias|router"
+
+# What EMBEDDING_SPARSITY applies to.
+_EMBEDDINGS = r"(?i)embed"
+_NOT_EMBEDDINGS = r"(?i)rel_embed|relpos|relative_embed|rel_bias|relative_attention_bias"
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What applies to the weights whose path matches; the first rule that matches wins.
+
+    Attributes:
+      path: regular expression, searched for in a weight's path, e.g. 'encoder/.*/mlp/'.
+      sparsity: the weights' own level in [0, 1], outside the shared budget; None leaves them dense;
+        'auto' is 1 - sqrt(1 - SPARSITY), the level of embeddings; 'shared' puts them in the budget.
+      pattern: the shape their zeros come in; None takes the run's pattern.
+    """
+
+    path: str
+    sparsity: float | str | None = "shared"
+    pattern: Pattern | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.path)
+        except re.error as e:
+            raise ValueError(f"rule path {self.path!r} is not a regular expression: {e}") from e
+        if self.sparsity not in (None, AUTO, "shared"):
+            check_level(self.sparsity, f"sparsity of the rule for {self.path!r}", closed=True)
+
+
+def check_level(value, name: str, *, closed: bool = False) -> None:
+    """Raises ValueError unless value is a number in [0, 1), or [0, 1] where `closed`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (value == 1 and not closed):
+        raise ValueError(
+            f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}; 0.9 means "
+            "that 90% of the weights are zero"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is done to one weight.
+
+    Attributes:
+      path: keys to the weight, joined by '/'.
+      shape: of the whole weight, stacked axes included.
+      axes: logical axis names, None where unknown.
+      stack_axes: axes along which slices (layers, experts) are sparsified apart.
+      pattern: the shape its zeros come in.
+      sparsity: target level of every slice, in [0, 1].
+      pack_axis: axis its mask is packed along, None for a byte a weight.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...] | None
+    stack_axes: tuple[int, ...]
+    pattern: Pattern
+    sparsity: float
+    pack_axis: int | None
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        return tuple(n for a, n in enumerate(self.shape) if a not in self.stack_axes)
+
+    @property
+    def slice_size(self) -> int:
+        return math.prod(self.slice_shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> int:
+        return math.prod(self.shape[a] for a in self.stack_axes)
+
+    @property
+    def kept(self) -> int:
+        """Weights of a slice that the target level keeps."""
+        return self.pattern.kept(self.slice_shape, self.sparsity)
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        return masks.packed_shape(self.shape, self.pack_axis)
+
+
+Plan = Mapping[str, LayerPlan]
+
+
+def make_plan(
+    shapes: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
+    *,
+    sparsity: float,
+    distribution: str = "uniform",
+    pattern: Pattern | None = None,
+    rules: Sequence[Rule] = (),
+    embedding_sparsity: float | str | None = None,
+    axes: Mapping[str, Sequence[str | None]] | None = None,
+    pack_masks: bool = True,
+) -> dict[str, LayerPlan]:
+    """Returns the plan of every sparse weight, by path, in path order.
+
+    Without a rule of its own, a weight takes part if it has two or more unstacked dims and is no
+    embedding, logits kernel, relative-position bias or router.
+
+    Args:
+      shapes: path -> anything with `.shape` and `.dtype`.
+      sparsity: of all weights in the shared budget together, in [0, 1).
+      distribution: how that is shared: 'uniform', 'er', 'erk'.
+      pattern: the shape zeros come in, where no rule says otherwise. None: Unstructured.
+      rules: the first that matches a path wins.
+      embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
+      axes: path -> logical names of the weight's axes; STACKED_AXES among them are stacks.
+      pack_masks: store eight weights a byte where a weight's shape allows.
+
+    Raises:
+      ValueError: a level out of range, an unknown distribution, a rule that matches no weight, a
+        pattern that a weight can't take. The message names the weight or the rule.
+    """
+    check_level(sparsity, "sparsity (SPARSITY)")
+    distributions.check_distribution(distribution)
+    pattern = Unstructured() if pattern is None else pattern
+    axes = {} if axes is None else axes
+    if embedding_sparsity is not None:
+        if embedding_sparsity != AUTO:
+            check_level(embedding_sparsity, "embedding_sparsity (EMBEDDING_SPARSITY)")
+    eligible = {p: x for p, x in shapes.items() if _can_be_sparse(x)}
+    matched = _match(rules, eligible)
+
+    layers: dict[str, LayerPlan] = {}
+    shared: dict[str, LayerPlan] = {}
+    for path in sorted(eligible):
+        shape = tuple(eligible[path].shape)
+        names = tuple(axes[path]) if axes.get(path) is not None else None
+        if len(names or ()) > len(shape):
+            raise ValueError(
+                f"weight {path!r} has shape {shape} but logical axes {names}; give one name an axis"
+            )
+        stack_axes = tuple(a for a, n in enumerate(names or ()) if n in STACKED_AXES)
+        rule = matched.get(path)
+        if rule is not None:
+            level, own_pattern = rule.sparsity, rule.pattern or pattern
+        elif len(shape) - len(stack_axes) < 2:
+            continue
+        elif embedding_sparsity is not None and _is_embedding(path):
+            level, own_pattern = embedding_sparsity, pattern
+        elif re.search(DENSE_BY_DEFAULT, path.lower()):
+            continue
+        else:
+            level, own_pattern = "shared", pattern
+        if level is None:
+            continue
+        layer = LayerPlan(
+            path=path,
+            shape=shape,
+            axes=names,
+            stack_axes=stack_axes,
+            pattern=own_pattern,
+            sparsity=0.0,
+            pack_axis=masks.pack_axis(shape, stack_axes) if pack_masks else None,
+        )
+        if len(layer.slice_shape) < 2 and not isinstance(own_pattern, Unstructured):
+            raise ValueError(
+                f"weight {path!r} has {len(layer.slice_shape)} unstacked dim; {own_pattern} needs "
+                "two or more: leave it dense, or give its rule the pattern Unstructured"
+            )
+        try:
+            own_pattern.validate(layer.slice_shape)
+        except ValueError as e:
+            raise ValueError(f"weight {path!r}: {e}, or leave this weight out by a rule") from e
+        if level == "shared":
+            shared[path] = layer
+        else:
+            level = 1 - math.sqrt(1 - sparsity) if level == AUTO else float(level)
+            layers[path] = dataclasses.replace(layer, sparsity=own_pattern.level(level))
+    levels = distributions.distribute(
+        distribution,
+        {p: x.slice_shape for p, x in shared.items()},
+        sparsity,
+        {p: x.slices for p, x in shared.items()},
+    )
+    for path, layer in shared.items():
+        layers[path] = dataclasses.replace(layer, sparsity=layer.pattern.level(levels[path]))
+    return {path: layers[path] for path in sorted(layers)}
+
+
+def _can_be_sparse(x) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) and 0 not in x.shape
+
+
+def _is_embedding(path: str) -> bool:
+    return bool(re.search(_EMBEDDINGS, path)) and not re.search(_NOT_EMBEDDINGS, path)
+
+
+def _match(rules: Sequence[Rule], shapes: Mapping[str, object]) -> dict[str, Rule]:
+    matched: dict[str, Rule] = {}
+    for rule in rules:
+        hits = [p for p in shapes if re.search(rule.path, p)]
+        new = [p for p in hits if p not in matched]
+        if not new:
+            why = (
+                "every weight it matches is taken by an earlier rule"
+                if hits
+                else "it matches no weight"
+            )
+            raise ValueError(
+                f"the rule for {rule.path!r} has no effect: {why}. The weights are:\n  "
+                + "\n  ".join(sorted(shapes))
+            )
+        matched.update((p, rule) for p in new)
+    return matched

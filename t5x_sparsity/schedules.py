@@ -1,0 +1,233 @@
+"""When masks change, to which level, and how much of a mask is swapped.
+
+Steps are 0-based: the update at step t is made by the train step that turns `state.step` t into
+t + 1. Every function takes a Python integer or a traced one, so that the host picks the compiled
+step from the very rule that the step itself follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class UpdateSchedule(Protocol):
+    """The steps at which masks are updated."""
+
+    def is_update(self, step):
+        """Whether masks change at `step`: bool, or a traced bool for a traced step."""
+
+    def progress(self, step):
+        """The share of the way from the first update to the last, in [0, 1]; 1 at the last."""
+
+    @property
+    def last(self) -> int | None:
+        """The step of the last update, None if there is none."""
+
+
+def resolve_step(value: int | float, total_steps: int | None, name: str) -> int:
+    """An int is a step; a float in [0, 1] is a share of `total_steps`, 1.0 the last step."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"{name} must be a step (int) or a share of the run (float), got {value!r}"
+        )
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+        return value
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} as a float is a share of the run and must be in [0, 1], got {value}; "
+            "give a step as an integer"
+        )
+    if total_steps is None:
+        raise ValueError(
+            f"{name} is a share of the run ({value}), which needs total_steps (gin: TRAIN_STEPS); "
+            "bind it, or give a step as an integer"
+        )
+    return min(round(value * total_steps), max(total_steps - 1, 0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Periodic:
+    """Updates at begin, begin + period, ... and at end, where the grid misses it.
+
+    Attributes:
+      begin: first update step, an int >= 0, or a float in [0, 1]: a share of total_steps.
+      end: last update step, likewise.
+      period: steps from one update to the next, >= 1.
+      total_steps: length of the run in steps; needed where begin or end is a share.
+    """
+
+    begin: int | float
+    end: int | float
+    period: int
+    total_steps: int | None = None
+
+    def __post_init__(self):
+        begin = resolve_step(self.begin, self.total_steps, "begin (MASK_UPDATE_BEGIN)")
+        end = resolve_step(self.end, self.total_steps, "end (MASK_UPDATE_END)")
+        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
+            raise ValueError(
+                f"period (MASK_UPDATE_PERIOD) must be an integer of at least 1, got {self.period!r}"
+            )
+        if end < begin:
+            raise ValueError(
+                f"mask updates would end at step {end} before they begin at step {begin}; set "
+                "MASK_UPDATE_BEGIN <= MASK_UPDATE_END"
+            )
+        object.__setattr__(self, "begin", begin)
+        object.__setattr__(self, "end", end)
+
+    @property
+    def last(self) -> int:
+        return self.end
+
+    def is_update(self, step):
+        on_grid = (
+            (self.begin <= step) & (step <= self.end) & ((step - self.begin) % self.period == 0)
+        )
+        return on_grid | (step == self.end)
+
+    def progress(self, step):
+        return _progress(step, self.begin, self.end)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneShot:
+    """A single update at `step`: an int, or a float share of total_steps."""
+
+    step: int | float
+    total_steps: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "step", resolve_step(self.step, self.total_steps, "step"))
+
+    @property
+    def last(self) -> int:
+        return self.step
+
+    def is_update(self, step):
+        return step == self.step
+
+    def progress(self, step):
+        return _progress(step, self.step, self.step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Updates at the listed steps: ints >= 0, strictly increasing."""
+
+    steps: Sequence[int]
+
+    def __post_init__(self):
+        steps = tuple(resolve_step(s, None, "steps") for s in self.steps)
+        if not steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"steps must be a non-empty, increasing list, got {self.steps!r}")
+        object.__setattr__(self, "steps", steps)
+
+    @property
+    def last(self) -> int:
+        return self.steps[-1]
+
+    def is_update(self, step):
+        if isinstance(step, int):
+            return step in self.steps
+        return jnp.any(jnp.asarray(self.steps, jnp.int32) == step)
+
+    def progress(self, step):
+        return _progress(step, self.steps[0], self.steps[-1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Never:
+    """Masks stay as they start."""
+
+    @property
+    def last(self) -> None:
+        return None
+
+    def is_update(self, step):
+        return False if isinstance(step, int) else jnp.zeros(jnp.shape(step), bool)
+
+    def progress(self, step):
+        return jnp.float32(1)
+
+
+def _progress(step, begin: int, end: int) -> jax.Array:
+    share = (jnp.asarray(step, jnp.int32) - begin).astype(jnp.float32) / np.float32(
+        max(end - begin, 1)
+    )
+    return jnp.where(jnp.asarray(step) >= end, np.float32(1), jnp.clip(share, 0, 1))
+
+
+class ValueSchedule(Protocol):
+    """A number that follows the progress of mask updates."""
+
+    def __call__(self, progress: jax.Array) -> jax.Array:
+        """The float32 value at `progress` in [0, 1]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The same value throughout, in [0, 1]."""
+
+    value: float
+
+    def __post_init__(self):
+        _check_share("value", self.value)
+
+    def __call__(self, progress: jax.Array) -> jax.Array:
+        return jnp.full(jnp.shape(progress), self.value, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Polynomial:
+    """final + (initial - final) (1 - progress)^power; power 1 is linear.
+
+    With power 3, from 0 to 1, it is the level of gradual magnitude pruning (Zhu & Gupta 2017,
+    arXiv:1710.01878, section 3). initial and final are in [0, 1].
+    """
+
+    initial: float = 0.0
+    final: float = 1.0
+    power: float = 3.0
+
+    def __post_init__(self):
+        _check_share("initial", self.initial)
+        _check_share("final", self.final)
+        if self.power <= 0:
+            raise ValueError(f"power must be above 0, got {self.power}")
+
+    def __call__(self, progress: jax.Array) -> jax.Array:
+        return self.final + (self.initial - self.final) * (1 - progress) ** self.power
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """final + (initial - final) (1 + cos(pi progress)) / 2; both in [0, 1].
+
+    With final 0 it is the drop fraction of RigL (Evci et al. 2020, arXiv:1911.11134, section 3).
+    """
+
+    initial: float
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check_share("initial", self.initial)
+        _check_share("final", self.final)
+
+    def __call__(self, progress: jax.Array) -> jax.Array:
+        half = (1 + jnp.cos(np.float32(np.pi) * progress)) / 2
+        value = self.final + (self.initial - self.final) * half
+        return jnp.where(progress >= 1, np.float32(self.final), value)
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
