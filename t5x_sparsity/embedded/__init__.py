@@ -1,0 +1,1 @@
+"""The embedded host: T5X's training interface for one machine."""

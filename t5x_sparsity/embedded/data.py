@@ -1,0 +1,218 @@
+"""The input pipeline of the embedded host: seqio datasets, and the feeding of the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+from jax.sharding import NamedSharding
+
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """What to read: a registered seqio task or mixture, how it is cut, batched and shuffled.
+
+    `batch_size` counts the examples of all devices together. `seed=None` draws a new seed at each
+    start, so that two runs, or a run and its resumption, see different data.
+    """
+
+    mixture_or_task_name: str | seqio.Task | seqio.Mixture
+    task_feature_lengths: Mapping[str, int]
+    split: str
+    batch_size: int
+    shuffle: bool
+    seed: int | None
+    use_cached: bool = False
+    pack: bool = False
+    use_custom_packing_ops: bool = False
+    module: str | None = None
+    use_memory_cache: bool = True
+    trim_output_features: bool = True
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(
+                f"utils.DatasetConfig.batch_size is {self.batch_size}; it must be at least 1."
+            )
+        if not self.task_feature_lengths:
+            raise ValueError(
+                "utils.DatasetConfig.task_feature_lengths is empty; give each feature's length "
+                "(gin macro TASK_FEATURE_LENGTHS), such as {'inputs': 512, 'targets': 114}."
+            )
+
+
+def _provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
+    if cfg.module:
+        importlib.import_module(cfg.module)
+    if isinstance(cfg.mixture_or_task_name, seqio.DatasetProviderBase):
+        return cfg.mixture_or_task_name
+    return seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+
+
+def get_dataset(
+    cfg: DatasetConfig,
+    shard_id: int,
+    num_shards: int,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+    num_epochs: int | None = None,
+) -> tf.data.Dataset:
+    """The batches of one shard, repeated `num_epochs` times (None: forever).
+
+    With a seed the order is the same in every process that reads it: reads that race each other
+    are put back in order.
+    """
+    if cfg.batch_size % num_shards:
+        raise ValueError(
+            f"The batch size {cfg.batch_size} doesn't divide among {num_shards} data shards."
+        )
+    seed = int(time.time()) if cfg.seed is None else cfg.seed
+    provider = _provider(cfg)
+    if cfg.split not in provider.splits:
+        raise ValueError(
+            f"Task {provider.name!r} has no split {cfg.split!r}; it has {sorted(provider.splits)}. "
+            "Set utils.DatasetConfig.split to one of these."
+        )
+    data = seqio.get_dataset(
+        mixture_or_task_name=provider,
+        task_feature_lengths=cfg.task_feature_lengths,
+        dataset_split=cfg.split,
+        shuffle=cfg.shuffle,
+        num_epochs=num_epochs,
+        feature_converter=feature_converter_cls(
+            pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
+        ),
+        shard_info=seqio.ShardInfo(index=shard_id, num_shards=num_shards),
+        use_cached=cfg.use_cached,
+        seed=seed,
+        trim_output_features=cfg.trim_output_features,
+        batch_size=cfg.batch_size // num_shards,
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    return data.with_options(options)
+
+
+def get_training_eval_datasets(
+    cfg: DatasetConfig,
+    shard_id: int,
+    num_shards: int,
+    eval_steps: int,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+) -> dict[str, tf.data.Dataset]:
+    """At most `eval_steps` batches of every task in `cfg`, and of the mixture itself if it is one.
+
+    A task without the split is left out. Small sets are repeated to fill `eval_steps` batches.
+    """
+    provider = _provider(cfg)
+    chosen = list(seqio.get_subtasks(provider))
+    if isinstance(provider, seqio.Mixture):
+        chosen.append(provider)
+    datasets = {}
+    for task in chosen:
+        if cfg.split not in task.splits:
+            logging.info("Task %s has no split %r: not evaluated.", task.name, cfg.split)
+            continue
+        # A bound on the epochs keeps a split whose examples are all filtered out from looping.
+        data = get_dataset(
+            dataclasses.replace(cfg, mixture_or_task_name=task),
+            shard_id,
+            num_shards,
+            feature_converter_cls,
+            num_epochs=eval_steps * cfg.batch_size,
+        ).take(eval_steps)
+        datasets[task.name] = data.cache() if cfg.use_memory_cache else data
+    return datasets
+
+
+def verify_matching_vocabs(cfg: DatasetConfig, model: Any) -> None:
+    """Raise a ValueError unless the task and the model use the same vocabularies."""
+    features = _provider(cfg).output_features
+    for name, attribute in (("inputs", "input_vocabulary"), ("targets", "output_vocabulary")):
+        ours, theirs = getattr(model, attribute, None), features.get(name)
+        if ours is not None and theirs is not None and ours != theirs.vocabulary:
+            raise ValueError(
+                f"The model's {attribute} is {ours}, but feature {name!r} of task "
+                f"{cfg.mixture_or_task_name!r} uses {theirs.vocabulary}. Give the model the task's "
+                "vocabulary, or choose another task (gin macro MIXTURE_OR_TASK_NAME)."
+            )
+
+
+def get_zeros_batch_like_dataset(data: Any, batch_size: int | None = None) -> Batch:
+    """A batch of zeros with the shapes and types of `data`'s batches, to compile with."""
+
+    def zeros(spec):
+        shape = tuple(spec.shape)
+        if batch_size is not None:
+            shape = (batch_size, *shape[1:])
+        return np.zeros(shape, _numpy_dtype(spec.dtype))
+
+    return {name: zeros(spec) for name, spec in data.element_spec.items()}
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
+
+
+class TrainIterator(Iterator):
+    """Batches put on the devices, counted, with a start that can be moved forward.
+
+    `data` is a tf.data.Dataset, or any iterable of dicts of arrays with an `element_spec`.
+    `batches` is how many were handed out since the run's own start, those skipped included.
+    """
+
+    def __init__(self, data: Any, partitioner: Any):
+        if not hasattr(data, "element_spec") or not isinstance(data.element_spec, Mapping):
+            raise ValueError(
+                f"get_dataset_fn returned {type(data).__name__}; it must return a tf.data.Dataset, "
+                "or an iterable with an element_spec, of batches that are dicts of arrays."
+            )
+        self._data = data
+        self._sharding = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
+        self._source: Iterator[Batch] | None = None
+        self._first: Batch | None = None
+        self.batches = 0
+        self.element_spec = {
+            name: jax.ShapeDtypeStruct(tuple(spec.shape), _numpy_dtype(spec.dtype))
+            for name, spec in data.element_spec.items()
+        }
+
+    def skip(self, count: int) -> None:
+        """Begin after the first `count` batches; only before the first batch is read."""
+        if self._source is not None or self._first is not None:
+            raise ValueError("skip() comes too late: batches have been read already.")
+        self.batches = count
+
+    def warm_up(self) -> None:
+        """Read the first batch, so that errors of the input show; it stays to be handed out."""
+        self._first = self._read()
+
+    def __next__(self) -> Batch:
+        batch, self._first = self._first, None
+        if batch is None:
+            batch = self._read()
+        self.batches += 1
+        return jax.device_put(batch, self._sharding)
+
+    def _read(self) -> Batch:
+        if self._source is None:
+            self._source = self._open()
+        return next(self._source)
+
+    def _open(self) -> Iterator[Batch]:
+        if isinstance(self._data, tf.data.Dataset):
+            data = self._data.skip(self.batches) if self.batches else self._data
+            return data.prefetch(2).as_numpy_iterator()
+        source = iter(self._data)
+        for _ in range(self.batches):
+            next(source)
+        return source

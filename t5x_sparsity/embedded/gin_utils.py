@@ -1,0 +1,75 @@
+"""Gin configuration from the command line, and its record beside the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+import jax
+from absl import app, logging
+
+_FLAG = "--gin."
+
+
+def parse_gin_flags(
+    gin_search_paths: Sequence[str],
+    gin_files: Sequence[str] | None,
+    gin_bindings: Sequence[str] | None,
+    skip_unknown: bool | Sequence[str] = False,
+    finalize_config: bool = True,
+) -> None:
+    """Read gin files, then single bindings; what comes later overrides what came before.
+
+    Args:
+      gin_search_paths: folders in which files and their includes are looked for, in order.
+      gin_files: files to read, in order.
+      gin_bindings: bindings such as "train.total_steps = 100", in order.
+      skip_unknown: True, or names: don't raise for bindings of unknown (or these) configurables.
+      finalize_config: lock the configuration afterwards.
+    """
+    for folder in gin_search_paths:
+        gin.add_config_file_search_path(folder)
+    gin.parse_config_files_and_bindings(
+        list(gin_files or ()),
+        list(gin_bindings or ()),
+        skip_unknown=skip_unknown,
+        finalize_config=finalize_config,
+    )
+    logging.info("Gin configuration:\n%s", gin.config_str())
+
+
+def rewrite_gin_args(args: Sequence[str]) -> list[str]:
+    """The same arguments, each `--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`."""
+
+    def rewrite(arg: str) -> str:
+        if not arg.startswith(_FLAG):
+            return arg
+        name, equals, value = arg.removeprefix(_FLAG).partition("=")
+        if not name.strip() or not equals:
+            raise ValueError(
+                f"The argument {arg!r} sets nothing; write {_FLAG}NAME=VALUE, such as "
+                f"{_FLAG}TRAIN_STEPS=100."
+            )
+        return f"--gin_bindings={name} = {value}"
+
+    return [rewrite(arg) for arg in args]
+
+
+def summarize_gin_config(model_dir: str, summary_writer: Any | None, step: int) -> None:
+    """Write the configuration to `<model_dir>/config.gin` and to the summary of `step`."""
+    if jax.process_index() != 0:
+        return
+    config = gin.config_str()
+    os.makedirs(model_dir, exist_ok=True)
+    with open(os.path.join(model_dir, "config.gin"), "w", encoding="utf-8") as out:
+        out.write(config)
+    if summary_writer is not None:
+        summary_writer.write_texts(step, {"config": gin.markdown(config)})
+        summary_writer.flush()
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+    """absl's app.run for a `main(argv)` whose command line may hold `--gin.NAME=VALUE`."""
+    app.run(main, flags_parser=lambda argv: app.parse_flags_with_usage(rewrite_gin_args(argv)))

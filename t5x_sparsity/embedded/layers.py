@@ -1,0 +1,383 @@
+"""The parts of a T5 transformer, with T5X's parameter names, shapes and logical axes.
+
+Parameters are float32; activations have the `dtype` of the configuration, logits are float32. There
+is no decoding cache: these models train and evaluate with teacher forcing.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
+
+param_with_axes = flax_partitioning.param_with_axes
+constrain = flax_partitioning.with_sharding_constraint
+
+_scaled = functools.partial(nn.initializers.variance_scaling, 1.0)
+_BUCKETS = 32
+_MAX_DISTANCE = 128
+# Added to the logits of masked positions. A row that is masked throughout stays finite.
+_MASKED = -1e10
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerSizes:
+    """What the layers need to know of a model; the configurations of both families extend it.
+
+    dtype: of activations: float32, bfloat16 or float16, as a dtype or its name.
+    mlp_activations: names in flax.linen, or 'linear'; their outputs are multiplied, so that
+        ('gelu', 'linear') is T5 1.1's gated GELU.
+    dropout_rate: in [0, 1).
+    logits_via_embedding: share the token embedding with the output layer.
+    float32_attention_logits: compute attention logits in float32 whatever `dtype` is.
+    """
+
+    vocab_size: int
+    dtype: Any = jnp.float32
+    emb_dim: int = 512
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_dim: int = 2048
+    mlp_activations: Sequence[str | Callable] = ("relu",)
+    dropout_rate: float = 0.1
+    logits_via_embedding: bool = False
+    float32_attention_logits: bool = False
+
+    def __post_init__(self):
+        """Raises a ValueError that names the field if one is out of range."""
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and not (isinstance(value, int) and value >= 1):
+                raise ValueError(
+                    f"{name}.{field.name} must be an integer of at least 1, got {value!r}."
+                )
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(
+                f"{name}.dropout_rate must be at least 0 and below 1, got {self.dropout_rate!r}."
+            )
+        if getattr(self.dtype, "__name__", str(self.dtype)) not in _DTYPES:
+            raise ValueError(f"{name}.dtype must be one of {_DTYPES}, got {self.dtype!r}.")
+        if not self.mlp_activations or isinstance(self.mlp_activations, str):
+            raise ValueError(
+                f"{name}.mlp_activations must be a sequence such as ('gelu', 'linear'), "
+                f"got {self.mlp_activations!r}."
+            )
+        for activation in self.mlp_activations:
+            _activation(activation, f"{name}.mlp_activations")
+        # Lists from gin would make the modules that hold a configuration unhashable.
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+
+
+class Dense(nn.Module):
+    """A linear map of the last axis, without bias: parameter `kernel` (inputs, features)."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    init: Callable = _scaled("fan_in", "truncated_normal")
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., inputs] to [..., features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = param_with_axes("kernel", self.init, shape, jnp.float32, axes=self.axes)
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm, without mean and bias: parameter `scale` (features,)."""
+
+    dtype: Any
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Divides the last axis by its root mean square, in float32, and scales it."""
+        scale = param_with_axes(
+            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+        )
+        x = x.astype(jnp.float32)
+        power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        normed = x * jax.lax.rsqrt(power + self.epsilon)
+        return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class TokenEmbedding(nn.Module):
+    """Token vectors: parameter `embedding` (vocabulary, features)."""
+
+    vocab_size: int
+    features: int
+    dtype: Any
+
+    def setup(self):
+        """Declares the parameter."""
+        self.embedding = param_with_axes(
+            "embedding",
+            nn.initializers.normal(stddev=1.0),
+            (self.vocab_size, self.features),
+            jnp.float32,
+            axes=("vocab", "embed"),
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps ids [batch, length] to vectors [batch, length, features]."""
+        # A product, not a gather: it stays partitioned where the vocabulary is, and its gradient is
+        # the same from run to run on accelerators too, where a scatter's need not be.
+        one_hot = jax.nn.one_hot(tokens.astype(jnp.int32), self.vocab_size, dtype=self.dtype)
+        return jnp.dot(one_hot, self.embedding.astype(self.dtype))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Maps [batch, length, features] to float32 logits [batch, length, vocabulary]."""
+        logits = jnp.dot(x.astype(jnp.float32), self.embedding.T)
+        return logits / np.float32(self.features**0.5)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned attention bias a head and distance: `rel_embedding` (heads, 32 buckets)."""
+
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, length: int, bidirectional: bool) -> jax.Array:
+        """Returns the bias [1, heads, length, length] of queries (rows) and keys (columns)."""
+        table = param_with_axes(
+            "rel_embedding",
+            _scaled("fan_avg", "uniform"),
+            (self.num_heads, _BUCKETS),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        buckets = relative_position_buckets(length, bidirectional)
+        one_hot = jnp.asarray(buckets[..., None] == np.arange(_BUCKETS), self.dtype)
+        return jnp.einsum("hb,qkb->hqk", table.astype(self.dtype), one_hot)[None]
+
+
+def relative_position_buckets(length: int, bidirectional: bool) -> np.ndarray:
+    """Returns the int32 bucket, in [0, 32), of each query (row) and key (column) position.
+
+    Half of the buckets (of each direction) hold one distance each; the rest grow logarithmically up
+    to distance 128, and the last holds all beyond. One-directional buckets count backwards only.
+    """
+    positions = np.arange(length, dtype=np.int32)
+    ahead = positions[None, :] - positions[:, None]
+    count = _BUCKETS // 2 if bidirectional else _BUCKETS
+    distance = np.abs(ahead) if bidirectional else np.maximum(-ahead, 0)
+    exact = count // 2
+    with np.errstate(divide="ignore"):
+        # float32, with this epsilon, since checkpoints of T5 count on where its buckets end.
+        ratio = distance.astype(np.float32) / exact + np.finfo(np.float32).eps
+    log_scale = np.log(ratio) / np.log(_MAX_DISTANCE / exact) * (count - exact)
+    far = np.minimum(exact + log_scale.astype(np.int32), count - 1)
+    buckets = np.where(distance < exact, distance, far)
+    offset = count * (ahead > 0) if bidirectional else 0
+    return (buckets + offset).astype(np.int32)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: `query`, `key`, `value` (embed, heads * head_dim) and `out`."""
+
+    config: TransformerSizes
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, memory: jax.Array, bias: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """Attends from `x` [batch, queries, embed] to `memory` [batch, keys, embed].
+
+        `bias`, broadcast to [batch, heads, queries, keys], is added to the logits; it carries the
+        mask too.
+        """
+        cfg = self.config
+        init = _scaled("fan_in", "normal")
+
+        def heads(inputs, name, init=init):
+            features = cfg.num_heads * cfg.head_dim
+            y = Dense(features, ("embed", "joined_kv"), cfg.dtype, init, name=name)(inputs)
+            y = y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim)
+            return constrain(y, ("batch", "length", "heads", "kv"))
+
+        # T5 has no 1/sqrt(head_dim) in the logits; the query's initial values make up for it.
+        query = heads(x, "query", lambda *args: init(*args) / np.float32(cfg.head_dim**0.5))
+        key = heads(memory, "key")
+        value = heads(memory, "value")
+        if cfg.float32_attention_logits:
+            query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+        weights = jax.nn.softmax(logits + bias.astype(logits.dtype)).astype(cfg.dtype)
+        weights = _dropout(cfg)(weights, deterministic=deterministic)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        y = y.reshape(*y.shape[:-2], -1)
+        return Dense(x.shape[-1], ("joined_kv", "embed"), cfg.dtype, init, name="out")(y)
+
+
+class Mlp(nn.Module):
+    """The feed-forward block: `wi` (or `wi_0`, `wi_1`, ... where gated) and `wo`."""
+
+    config: TransformerSizes
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """Maps [batch, length, embed] to the same shape."""
+        cfg = self.config
+        branches = []
+        for i, activation in enumerate(cfg.mlp_activations):
+            name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
+            y = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
+            branches.append(_activation(activation)(y))
+        hidden = functools.reduce(operator.mul, branches)
+        hidden = _dropout(cfg)(hidden, deterministic=deterministic)
+        hidden = constrain(hidden, ("batch", "length", "mlp"))
+        return Dense(x.shape[-1], ("mlp", "embed"), cfg.dtype, name="wo")(hidden)
+
+
+class Block(nn.Module):
+    """One layer of an encoder or decoder: attention, cross attention where `memory` is, MLP."""
+
+    config: TransformerSizes
+    role: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array,
+        memory: jax.Array | None,
+        memory_bias: jax.Array | None,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Maps [batch, length, embed] to the same shape; each sublayer is normed and residual."""
+        cfg = self.config
+
+        def residual(x, norm, sublayer):
+            y = sublayer(RMSNorm(cfg.dtype, name=norm)(x))
+            return x + _dropout(cfg)(y, deterministic=deterministic)
+
+        attention = "attention" if self.role == "encoder" else "self_attention"
+        x = residual(
+            x,
+            f"pre_{attention}_layer_norm",
+            lambda y: Attention(cfg, name=attention)(y, y, bias, deterministic),
+        )
+        if memory is not None:
+            cross = Attention(cfg, name="encoder_decoder_attention")
+            x = residual(
+                x,
+                "pre_cross_attention_layer_norm",
+                lambda y: cross(y, memory, memory_bias, deterministic),
+            )
+        return residual(x, "pre_mlp_layer_norm", lambda y: Mlp(cfg, name="mlp")(y, deterministic))
+
+
+class Stack(nn.Module):
+    """An encoder or a decoder, from tokens to vectors (encoder) or to logits (decoder).
+
+    role: 'encoder' or 'decoder'.
+    shared_embedding: the token embedding, or None for one of its own.
+    """
+
+    config: TransformerSizes
+    num_layers: int
+    role: str
+    shared_embedding: nn.Module | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        memory: jax.Array | None = None,
+        memory_mask: jax.Array | None = None,
+        *,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Runs the layers over `tokens` [batch, length].
+
+        Masks, bool [batch, 1, queries, keys], are True where a query may attend to a key.
+        """
+        cfg = self.config
+        is_encoder = self.role == "encoder"
+        embedding = self.shared_embedding or TokenEmbedding(
+            cfg.vocab_size, cfg.emb_dim, cfg.dtype, name="token_embedder"
+        )
+        positions = RelativePositionBias(cfg.num_heads, cfg.dtype, name="relpos_bias")
+        bias = positions(tokens.shape[-1], is_encoder) + _mask_bias(mask, cfg.dtype)
+        memory_bias = None if memory is None else _mask_bias(memory_mask, cfg.dtype)
+
+        x = _dropout(cfg)(embedding(tokens), deterministic=deterministic)
+        x = constrain(x, ("batch", "length", "embed"))
+        for i in range(self.num_layers):
+            block = Block(cfg, self.role, name=f"layers_{i}")
+            x = block(x, bias, memory, memory_bias, deterministic)
+        x = RMSNorm(cfg.dtype, name=f"{self.role}_norm")(x)
+        if is_encoder:
+            return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+        x = _dropout(cfg)(x, deterministic=deterministic)
+        if cfg.logits_via_embedding:
+            return embedding.logits(x)
+        return Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense")(x)
+
+
+def pair_mask(
+    queries: jax.Array, keys: jax.Array, allowed: Callable = jnp.logical_and
+) -> jax.Array:
+    """Returns the mask [batch, 1, queries, keys] of what `allowed` says of each pair."""
+    return allowed(queries[:, None, :, None], keys[:, None, None, :])
+
+
+def decoder_mask(
+    targets: jax.Array, segment_ids: jax.Array | None, bidirectional: jax.Array | None = None
+) -> jax.Array:
+    """Returns the self-attention mask [batch, 1, length, length] of a decoder.
+
+    A position attends to itself and those before, within its segment, padding (0) left out.
+    Positions where `bidirectional` is not 0, the prefix of a prefix LM, attend to each other both
+    ways.
+    """
+    positions = jnp.arange(targets.shape[-1])[None]
+    mask = pair_mask(positions, positions, jnp.greater_equal)
+    if bidirectional is not None:
+        mask = mask | pair_mask(bidirectional != 0, bidirectional != 0)
+    mask = mask & pair_mask(targets > 0, targets > 0)
+    if segment_ids is not None:
+        mask = mask & pair_mask(segment_ids, segment_ids, jnp.equal)
+    return mask
+
+
+def refuse_decoding(decode: bool) -> None:
+    """Raises a NotImplementedError if `decode`."""
+    if decode:
+        raise NotImplementedError(
+            "The embedded host trains and evaluates with teacher forcing only; it has no "
+            "autoregressive decoding. Use T5X to infer from this checkpoint."
+        )
+
+
+def _mask_bias(mask: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.where(mask, 0.0, _MASKED).astype(dtype)
+
+
+def _dropout(cfg: TransformerSizes) -> nn.Dropout:
+    # One draw for all positions (queries, in attention weights), as T5X has it.
+    return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+
+def _activation(activation: str | Callable, setting: str = "mlp_activations") -> Callable:
+    if callable(activation):
+        return activation
+    if activation == "linear":
+        return lambda x: x
+    if not callable(getattr(nn, activation, None)):
+        raise ValueError(
+            f"{setting} got '{activation}', which is neither 'linear' nor in flax.linen; it must "
+            "be a name such as 'gelu', 'relu' or 'silu'."
+        )
+    return getattr(nn, activation)

@@ -1,0 +1,256 @@
+"""Optimizers under T5X's interface: the base definition, its state, and wrapped optax.
+
+An `OptimizerDef` holds no arrays; it makes an `OptimizerState` for parameters and applies gradients
+to both. `OptaxWrapper` gives any optax transformation that interface.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import serialization, struct, traverse_util
+
+PyTree = Any
+
+
+@struct.dataclass
+class OptimizerState:
+    """What an optimizer carries from step to step.
+
+    `step` is an int32 scalar, the number of gradients applied; `param_states` is laid out by the
+    optimizer.
+    """
+
+    step: Any
+    param_states: Any
+
+
+class OptimizerDef:
+    """How parameters are updated; subclasses give `init_state` and `apply_gradient`.
+
+    A subclass that trains partitioned models also gives `derive_logical_axes(optimizer, axes)`, and
+    `set_param_axes(axes)` where its state depends on the parameters' logical axes.
+    """
+
+    def __init__(self, hyper_params: Any):
+        """Keeps `hyper_params`, which must have `replace(**overrides)`."""
+        self.hyper_params = hyper_params
+
+    def init_state(self, params: PyTree) -> OptimizerState:
+        """Returns the state before the first step."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state")
+
+    def apply_gradient(
+        self, hyper_params: Any, params: PyTree, state: OptimizerState, grads: PyTree
+    ) -> tuple[PyTree, OptimizerState]:
+        """Returns the new parameters and the new state."""
+        raise NotImplementedError(f"{type(self).__name__} must define apply_gradient")
+
+    def update_hyper_params(self, **overrides: Any) -> Any:
+        """Returns the hyper-parameters with `overrides`; `hyper_params=` replaces them all."""
+        hyper_params = overrides.pop("hyper_params", self.hyper_params)
+        return hyper_params.replace(**overrides) if overrides else hyper_params
+
+    def create(self, target: PyTree) -> "Optimizer":
+        """Returns an `Optimizer` of `target` with a fresh state."""
+        return Optimizer(optimizer_def=self, state=self.init_state(target), target=target)
+
+    def state_dict(self, target: PyTree, state: OptimizerState) -> dict[str, Any]:
+        """Returns nested dicts of leaves: {'target': ..., 'state': ...}."""
+        return {
+            "target": serialization.to_state_dict(target),
+            "state": serialization.to_state_dict(state),
+        }
+
+    def restore_state(
+        self, opt_target: PyTree, opt_state: OptimizerState, state_dict: Mapping[str, Any]
+    ) -> tuple[PyTree, OptimizerState]:
+        """Returns target and state with the leaves of `state_dict`, in the structure given."""
+        return (
+            serialization.from_state_dict(opt_target, state_dict["target"]),
+            serialization.from_state_dict(opt_state, state_dict["state"]),
+        )
+
+
+class Optimizer(struct.PyTreeNode):
+    """A target, its optimizer state, and the definition that updates both."""
+
+    optimizer_def: OptimizerDef = struct.field(pytree_node=False)
+    state: Any
+    target: Any
+
+    def apply_gradient(self, grads: PyTree, **hyper_param_overrides: Any) -> "Optimizer":
+        """Returns the optimizer one step on; overrides as in `OptimizerDef.update_hyper_params`."""
+        hyper_params = self.optimizer_def.update_hyper_params(**hyper_param_overrides)
+        target, state = self.optimizer_def.apply_gradient(
+            hyper_params, self.target, self.state, grads
+        )
+        return self.replace(target=target, state=state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nested dicts of leaves, see `OptimizerDef.state_dict`."""
+        return self.optimizer_def.state_dict(self.target, self.state)
+
+    def restore_state(self, state_dict: Mapping[str, Any]) -> "Optimizer":
+        """Returns the optimizer with the leaves of `state_dict`."""
+        target, state = self.optimizer_def.restore_state(self.target, self.state, state_dict)
+        return self.replace(target=target, state=state)
+
+
+OptimizerType = Optimizer
+OptimizerStateType = OptimizerState | Mapping[str, Any]
+OptimizerDefType = OptimizerDef
+
+
+@struct.dataclass
+class _OptaxHyperParams:
+    # The trainer passes a learning rate to every optimizer; optax has its own, inside.
+    learning_rate: float | None = None
+
+
+class OptaxWrapper(OptimizerDef):
+    """An optax transformation as an `OptimizerDef`.
+
+    The learning rate is the transformation's own; what the trainer passes is ignored, as in T5X.
+    """
+
+    def __init__(self, optax_optimizer: optax.GradientTransformation):
+        """Wraps `optax_optimizer`."""
+        self.optax_optimizer = optax_optimizer
+        super().__init__(_OptaxHyperParams())
+
+    def init_state(self, params: PyTree) -> OptimizerState:
+        """Returns step 0 and the transformation's initial state."""
+        return OptimizerState(
+            step=jnp.zeros((), jnp.int32), param_states=self.optax_optimizer.init(params)
+        )
+
+    def apply_gradient(
+        self, hyper_params: Any, params: PyTree, state: OptimizerState, grads: PyTree
+    ) -> tuple[PyTree, OptimizerState]:
+        """Returns the updated parameters and state; `hyper_params` is ignored."""
+        del hyper_params
+        updates, param_states = self.optax_optimizer.update(grads, state.param_states, params)
+        new_state = OptimizerState(step=state.step + 1, param_states=param_states)
+        return optax.apply_updates(params, updates), new_state
+
+    def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
+        """Returns `optimizer` with logical axes for leaves, None where a leaf is not sharded."""
+        return Optimizer(
+            optimizer_def=optimizer.optimizer_def,
+            state=OptimizerState(
+                step=None,
+                param_states=match_param_axes(
+                    optimizer.state.param_states, optimizer.target, param_logical_axes
+                ),
+            ),
+            target=serialization.from_state_dict(
+                optimizer.target, serialization.to_state_dict(param_logical_axes)
+            ),
+        )
+
+    def state_dict(self, target: PyTree, state: OptimizerState) -> dict[str, Any]:
+        """Returns nested dicts of leaves, without subtrees that hold none (`optax.EmptyState`)."""
+        full = super().state_dict(target, state)
+        return {**full, "state": _without_empty(full["state"])}
+
+    def restore_state(
+        self, opt_target: PyTree, opt_state: OptimizerState, state_dict: Mapping[str, Any]
+    ) -> tuple[PyTree, OptimizerState]:
+        """As the base, with the empty subtrees put back; a missing leaf is a ValueError."""
+        flatten = functools.partial(traverse_util.flatten_dict, keep_empty_nodes=True, sep="/")
+        expected = flatten(serialization.to_state_dict(opt_state))
+        given = traverse_util.flatten_dict(state_dict["state"], sep="/")
+        missing = [
+            path
+            for path, leaf in expected.items()
+            if path not in given and leaf is not traverse_util.empty_node
+        ]
+        if missing:
+            raise ValueError(
+                f"The optimizer state to restore lacks {len(missing)} of {len(expected)} leaves, "
+                f"among them 'state/{missing[0]}': it belongs to another optimizer. "
+                "Restore it with the OPTIMIZER it was written by, or start anew."
+            )
+        empties = {k: v for k, v in expected.items() if v is traverse_util.empty_node}
+        filled = traverse_util.unflatten_dict({**empties, **given}, sep="/")
+        return super().restore_state(
+            opt_target, opt_state, {"target": state_dict["target"], "state": filled}
+        )
+
+
+def match_param_axes(state: PyTree, params: PyTree, param_axes: PyTree) -> PyTree:
+    """Returns `state` with each leaf replaced by the logical axes of its parameter, or by None.
+
+    A leaf belongs to a parameter when its key path ends in the parameter's path (the longest such
+    wins) and its shape is the parameter's: so counts, keys and factored moments get None.
+    """
+    axes = {
+        tuple(path.split("/")): value
+        for path, value in traverse_util.flatten_dict(
+            serialization.to_state_dict(param_axes), sep="/"
+        ).items()
+    }
+    shapes = {
+        tuple(path.split("/")): leaf.shape
+        for path, leaf in traverse_util.flatten_dict(
+            serialization.to_state_dict(params), sep="/"
+        ).items()
+    }
+
+    def axes_of(key_path, leaf):
+        names = tuple(_key_name(key) for key in key_path)
+        for start in range(len(names)):
+            path = names[start:]
+            if path in axes and shapes.get(path) == getattr(leaf, "shape", None):
+                return axes[path]
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes_of, state)
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _without_empty(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {k: _without_empty(v) for k, v in tree.items()}
+    return {k: v for k, v in kept.items() if not (isinstance(v, Mapping) and not v)}
+
+
+def wrap_optax_optimizer(
+    optax_optimizer: Callable[..., optax.GradientTransformation],
+) -> Callable[..., OptaxWrapper]:
+    """Returns `optax_optimizer` with the result wrapped: same arguments, an `OptaxWrapper`."""
+
+    @functools.wraps(optax_optimizer)
+    def wrapped(*args: Any, **kwargs: Any) -> OptaxWrapper:
+        return OptaxWrapper(optax_optimizer(*args, **kwargs))
+
+    return wrapped
+
+
+def chain(transformations: Sequence[optax.GradientTransformation]) -> OptaxWrapper:
+    """Returns optax transformations applied in turn, wrapped."""
+    return OptaxWrapper(optax.chain(*transformations))
+
+
+adabelief = wrap_optax_optimizer(optax.adabelief)
+adagrad = wrap_optax_optimizer(optax.adagrad)
+adam = wrap_optax_optimizer(optax.adam)
+adamw = wrap_optax_optimizer(optax.adamw)
+lamb = wrap_optax_optimizer(optax.lamb)
+lars = wrap_optax_optimizer(optax.lars)
+lion = wrap_optax_optimizer(optax.lion)
+radam = wrap_optax_optimizer(optax.radam)
+rmsprop = wrap_optax_optimizer(optax.rmsprop)
+sgd = wrap_optax_optimizer(optax.sgd)
+yogi = wrap_optax_optimizer(optax.yogi)

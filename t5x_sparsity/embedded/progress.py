@@ -1,0 +1,174 @@
+"""How a run reports itself: a bar on a terminal, log lines elsewhere."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging as std_logging
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import rich.console
+import rich.progress
+from absl import logging
+
+LOSS = "loss_per_nonpadding_target_token"
+SPARSITY = "sparsity/total"
+
+
+class _WithoutOrbaxNotes(std_logging.Filter):
+    """Drops what Orbax notes at each checkpoint, a dozen lines; its warnings stay."""
+
+    def filter(self, record: std_logging.LogRecord) -> bool:
+        return record.levelno > std_logging.INFO or "/orbax/" not in record.pathname
+
+
+@contextlib.contextmanager
+def without_orbax_notes() -> Iterator[None]:
+    """Keeps Orbax's notes out of the log meanwhile."""
+    handler, notes = logging.get_absl_handler(), _WithoutOrbaxNotes()
+    handler.addFilter(notes)
+    try:
+        yield
+    finally:
+        handler.removeFilter(notes)
+
+
+class _Counted(Iterator):
+    """An iterator that tells how many items it has given."""
+
+    def __init__(self, source: Iterator, tell: Callable[[], None]):
+        self._source, self._tell = source, tell
+
+    def __next__(self) -> Any:
+        item = next(self._source)
+        self._tell()
+        return item
+
+
+class _ConsoleStream:
+    """A file that prints above the live bar."""
+
+    def __init__(self, console: rich.console.Console):
+        self._console = console
+
+    def write(self, text: str) -> int:
+        if text.strip("\n"):
+            self._console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        return len(text)
+
+    def flush(self) -> None:
+        self._console.file.flush()
+
+
+class Progress:
+    """Step, loss, sparsity, steps a second and time left; never reads the devices.
+
+    It counts the batches that the trainer takes, and learns the metrics of a stats period when
+    their summary is ready, in its own thread. As a context manager it shows the bar, with absl's
+    log lines printed above it, if `console` (standard error) is a terminal, and logs otherwise.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        total_steps: int,
+        console: rich.console.Console | None = None,
+    ):
+        """Prepare a report of the steps from `first_step` to `total_steps`."""
+        self._first, self._total = first_step, total_steps
+        self._console = console or rich.console.Console(file=sys.stderr)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="progress")
+        self._lock = threading.Lock()
+        self._step = first_step
+        self._begun = self._seen_at = time.monotonic()
+        self._seen = first_step
+        self._bar: rich.progress.Progress | None = None
+        self._task: Any = None
+        self._stream: Any = None
+
+    def __enter__(self) -> Progress:
+        self._begun = self._seen_at = time.monotonic()
+        if self._console.is_terminal:
+            columns = rich.progress
+            self._bar = columns.Progress(
+                columns.TextColumn("step {task.fields[step]}/{task.fields[total_steps]}"),
+                columns.BarColumn(),
+                columns.TextColumn("{task.fields[status]}"),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(
+                "",
+                total=self._total - self._first,
+                step=self._first,
+                total_steps=self._total,
+                status="",
+            )
+            self._bar.start()
+            handler = logging.get_absl_handler().python_handler
+            self._stream = handler.stream
+            handler.stream = _ConsoleStream(self._console)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._pool.shutdown()
+        if self._bar is not None:
+            self._bar.stop()
+            logging.get_absl_handler().python_handler.stream = self._stream
+            self._bar = None
+
+    def count(self, batches: Iterator) -> Iterator:
+        """The same batches; each one taken counts as a step."""
+        return _Counted(batches, self._advance)
+
+    def watch(self, step: int, summary: Any) -> None:
+        """Report the metrics of the stats period that ends at `step` once they are ready.
+
+        `summary.result()` maps names to clu.values.Value. Its errors are left to who made it.
+        """
+        self._pool.submit(self._report, step, summary)
+
+    def _advance(self) -> None:
+        with self._lock:
+            self._step += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step - self._first, step=self._step)
+
+    def _report(self, step: int, summary: Any) -> None:
+        try:
+            values = summary.result()
+        except Exception:  # noqa: BLE001 - raised in the main thread too
+            return
+        now = time.monotonic()
+        rate = (step - self._seen) / max(now - self._seen_at, 1e-9)
+        # The time left counts evaluations and checkpoints too, so it goes by the whole run so far.
+        left = (now - self._begun) / max(step - self._first, 1) * (self._total - step)
+        self._seen, self._seen_at = step, now
+        parts = []
+        for label, name, form in (("loss", LOSS, "{:.4f}"), ("sparsity", SPARSITY, "{:.2%}")):
+            value = _number(values.get(name))
+            if value is not None:
+                parts.append(f"{label} {form.format(value)}")
+        parts.append(f"{rate:.2f} steps/s")
+        parts.append(f"{_clock(left)} left")
+        status = ", ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, status=status)
+        else:
+            logging.info("Step %d/%d: %s", step, self._total, status)
+
+
+def _number(value: Any) -> float | None:
+    value = getattr(value, "value", value)
+    return None if value is None else float(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

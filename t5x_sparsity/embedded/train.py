@@ -1,0 +1,300 @@
+"""The training loop of the embedded host, called as T5X's is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from t5x_sparsity.embedded import data, gin_utils, periods, progress, startup, trainer, utils
+
+
+def train(
+    *,
+    model: Any,
+    train_dataset_cfg: utils.DatasetConfig,
+    train_eval_dataset_cfg: utils.DatasetConfig | None,
+    infer_eval_dataset_cfg: None,
+    checkpoint_cfg: utils.CheckpointConfig,
+    partitioner: Any,
+    trainer_cls: trainer.BaseTrainerConstructor,
+    model_dir: str,
+    total_steps: int,
+    eval_steps: int,
+    eval_period: int,
+    relative_steps: int | None = None,
+    stats_period: int | None = None,
+    random_seed: int | None,
+    use_hardware_rng: bool = False,
+    summarize_config_fn: Callable[[str, Any, int], None] = gin_utils.summarize_gin_config,
+    inference_evaluator_cls: Any = None,
+    get_dataset_fn: Callable[..., Any] = data.get_dataset,
+    concurrent_metrics: bool = True,
+    actions: Mapping[str, Sequence[trainer.BaseAction]] | None = None,
+    train_eval_get_dataset_fn: Callable[..., Mapping] = data.get_training_eval_datasets,
+    run_eval_before_training: bool = False,
+    train_state_initializer_cls: Callable[..., Any] = utils.TrainStateInitializer,
+    use_orbax: bool = True,
+    verify_matching_vocabs_fn: Callable | None = data.verify_matching_vocabs,
+    gc_period: int = 0,
+) -> tuple[int, Any]:
+    """Train, and go on where the last run in `model_dir` stopped. Arguments are T5X's.
+
+    Args:
+      model: has loss_fn, eval_fn, optimizer_def, get_initial_variables and FEATURE_CONVERTER_CLS.
+      train_dataset_cfg: the training data.
+      train_eval_dataset_cfg: what is evaluated with teacher forcing, or None.
+      infer_eval_dataset_cfg: must be None: the embedded host doesn't decode.
+      checkpoint_cfg: what is saved, and what a new run starts from.
+      partitioner: says where arrays lie, and compiles.
+      trainer_cls: makes the trainer.
+      model_dir: the folder of checkpoints and metrics.
+      total_steps: the step to stop at.
+      eval_steps: how many batches an evaluation takes of each set.
+      eval_period: steps between evaluations.
+      relative_steps: train this many steps from the checkpoint instead of up to `total_steps`.
+      stats_period: steps between summaries; None: the shortest of the other periods.
+      random_seed: for initialization and dropout; None takes the time.
+      use_hardware_rng: use JAX's 'unsafe_rbg' random numbers, which depend on the partitioning.
+      summarize_config_fn: called with (model_dir, summary writer, step).
+      inference_evaluator_cls: not used.
+      get_dataset_fn: makes the training data; see `data.get_dataset`.
+      concurrent_metrics: False waits for the metrics of each stats period.
+      actions: by 'TRAIN' or 'TRAIN_EVAL', what looks at the metrics and may stop the training.
+      train_eval_get_dataset_fn: makes the evaluation data.
+      run_eval_before_training: evaluate before the first step too.
+      train_state_initializer_cls: makes the initial state.
+      use_orbax: must be True.
+      verify_matching_vocabs_fn: called with (dataset configuration, model); None: no check.
+      gc_period: steps between runs of Python's garbage collector; 0 leaves it to itself.
+
+    Returns:
+      The last step and the train state after it.
+
+    Raises:
+      ValueError: the configuration can't work; nothing has been written or compiled by then.
+    """
+    begun = time.monotonic()
+    del inference_evaluator_cls
+    startup.check_host(infer_eval_dataset_cfg, use_orbax)
+    startup.check_checkpoint_cfg(checkpoint_cfg, train_dataset_cfg)
+    model_dir = startup.check_model_dir(model_dir)
+    actions = _actions_by_mode(actions)
+    save_cfg = checkpoint_cfg.save
+    schedule = periods.Periods(
+        stats=stats_period,
+        eval=eval_period if train_eval_dataset_cfg else None,
+        checkpoint=save_cfg.period if save_cfg else None,
+        checkpoint_steps=(save_cfg.checkpoint_steps or ()) if save_cfg else (),
+        gc=gc_period,
+    )
+
+    if use_hardware_rng:
+        jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+    if random_seed is None:
+        random_seed = int(time.time())
+    logging.info("Random seed %d.", random_seed)
+    init_rng, trainer_rng = jax.random.split(jax.random.PRNGKey(random_seed))
+
+    # Data.
+    layout = partitioner.get_data_layout(train_dataset_cfg.batch_size)
+    for cfg in (train_dataset_cfg, train_eval_dataset_cfg):
+        if cfg is not None and verify_matching_vocabs_fn is not None:
+            verify_matching_vocabs_fn(cfg, model)
+    train_iter = data.TrainIterator(
+        get_dataset_fn(
+            train_dataset_cfg, layout.shard_id, layout.num_shards, model.FEATURE_CONVERTER_CLS
+        ),
+        partitioner,
+    )
+    eval_sets: Mapping[str, Any] = {}
+    if train_eval_dataset_cfg is not None:
+        partitioner.get_data_layout(train_eval_dataset_cfg.batch_size)
+        eval_sets = train_eval_get_dataset_fn(
+            train_eval_dataset_cfg,
+            layout.shard_id,
+            layout.num_shards,
+            eval_steps,
+            model.FEATURE_CONVERTER_CLS,
+        )
+        if not eval_sets:
+            logging.warning("train_eval_dataset_cfg names no evaluation set: nothing is evaluated.")
+
+    # State.
+    initializer = train_state_initializer_cls(
+        optimizer_def=model.optimizer_def,
+        init_fn=model.get_initial_variables,
+        input_shapes={
+            name: (layout.batch_size, *spec.shape[1:])
+            for name, spec in train_iter.element_spec.items()
+        },
+        input_types={name: spec.dtype for name, spec in train_iter.element_spec.items()},
+        partitioner=partitioner,
+    )
+    shapes = initializer.global_train_state_shape
+    source = startup.find_source(model_dir, checkpoint_cfg, shapes)
+    if source:
+        train_iter.skip(source.batches)
+    # Input that can't be read ends the run here, with nothing written or compiled.
+    train_iter.warm_up()
+    manager_cls = (save_cfg or utils.SaveCheckpointConfig()).checkpoint_manager_cls
+    manager = manager_cls(
+        directory=model_dir,
+        train_state=shapes,
+        partitioner=partitioner,
+        dataset_iterator=train_iter if save_cfg and save_cfg.save_dataset else None,
+        save_dtype=save_cfg.dtype if save_cfg else None,
+        restore_dtype=source.dtype if source else None,
+        keep=save_cfg.keep if save_cfg else None,
+    )
+    if source is None:
+        state = initializer.from_scratch(init_rng)
+    else:
+        fallback = None
+        if source.fallback_to_scratch:
+            fallback = initializer.from_scratch(init_rng).state_dict()
+        with progress.without_orbax_notes():
+            state = manager.restore(path=source.path, fallback_state=fallback, plan=source.plan)
+    host_step = int(utils.get_local_data(state.step))
+    if relative_steps:
+        total_steps = host_step + relative_steps
+    if total_steps < host_step:
+        raise ValueError(
+            f"train.total_steps is {total_steps}, but {source.path} is at step {host_step}. Set "
+            "the gin macro TRAIN_STEPS to more, or another MODEL_DIR."
+        )
+
+    os.makedirs(model_dir, exist_ok=True)
+    utils.log_model_info(os.path.join(model_dir, "model-info.txt"), shapes, partitioner)
+    loop = trainer_cls(
+        model=model,
+        train_state=state,
+        partitioner=partitioner,
+        train_state_axes=initializer.train_state_axes,
+        eval_names=list(eval_sets),
+        summary_dir=model_dir,
+        rng=trainer_rng,
+    )
+    # The trainer alone may hold the state: its arrays are donated to the first step.
+    del state
+    run = _Run(loop, manager, save_cfg, eval_sets, actions)
+    with progress.without_orbax_notes(), run.closing(collects_garbage=bool(gc_period)):
+        metrics = loop.train_metrics_manager
+        summarize_config_fn(model_dir, metrics.summary_writer, host_step)
+        metrics.write_scalar("timing/init_or_restore_seconds", time.monotonic() - begun, host_step)
+        if host_step < total_steps:
+            compiling = time.monotonic()
+            loop.compile_train(_dummy_batch(train_iter, layout.batch_size, partitioner))
+            logging.info("Compiled the train step in %.1f s.", time.monotonic() - compiling)
+        else:
+            logging.warning("The run is at step %d already: there is nothing to train.", host_step)
+        if run_eval_before_training and eval_sets:
+            run.evaluate(host_step)
+        if schedule.checkpoint or schedule.checkpoint_steps:
+            run.save()
+
+        with progress.Progress(host_step, total_steps) as report:
+            batches = report.count(train_iter)
+            for segment in schedule.segments(host_step, total_steps):
+                if loop.stop_training:
+                    run.save()
+                    break
+                summary = loop.train(
+                    batches, segment.stop - segment.start, start_step=segment.start
+                )
+                host_step = segment.stop
+                report.watch(host_step, metrics.snapshot())
+                if not concurrent_metrics or actions.get(trainer.ActionMode.TRAIN):
+                    run.act(trainer.ActionMode.TRAIN, {"train": summary.result()})
+                if segment.collect:
+                    gc.collect()
+                if segment.save:
+                    run.save()
+                if segment.evaluate and eval_sets:
+                    run.evaluate(host_step)
+        return host_step, loop.train_state
+
+
+def _actions_by_mode(actions: Mapping[str, Sequence] | None) -> dict[trainer.ActionMode, Sequence]:
+    known = [mode.name for mode in trainer.ActionMode]
+    for name in actions or {}:
+        if name not in known:
+            raise ValueError(f"train.actions has the key {name!r}; they are {', '.join(known)}.")
+    return {trainer.ActionMode[name]: found for name, found in (actions or {}).items()}
+
+
+def _dummy_batch(train_iter: data.TrainIterator, batch_size: int, partitioner: Any) -> Any:
+    zeros = data.get_zeros_batch_like_dataset(train_iter, batch_size)
+    sharding = jax.sharding.NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
+    return jax.device_put(zeros, sharding)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What happens between the segments of a run, and at its end."""
+
+    loop: trainer.BaseTrainer
+    manager: Any
+    save_cfg: utils.SaveCheckpointConfig | None
+    eval_sets: Mapping[str, Any]
+    actions: Mapping[trainer.ActionMode, Sequence[trainer.BaseAction]]
+
+    def save(self) -> None:
+        """Save a checkpoint of the current step, unless there is one or none is wanted."""
+        if self.save_cfg is None:
+            return
+        begun = time.monotonic()
+        state = self.loop.train_state
+        if self.manager.save(state, self.save_cfg.state_transformation_fns):
+            self.loop.train_metrics_manager.write_scalar(
+                "timing/checkpoint_seconds", time.monotonic() - begun, state.step
+            )
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate every set, log its loss, and run the actions."""
+        sets = self.eval_sets
+        self.loop.compile_eval({n: data.get_zeros_batch_like_dataset(s) for n, s in sets.items()})
+        summaries = self.loop.eval({name: iter(_as_numpy(found)) for name, found in sets.items()})
+        for name, values in summaries.items():
+            loss = values.get(progress.LOSS)
+            shown = "" if loss is None else f": {progress.LOSS} {float(loss.value):.4f}"
+            logging.info("Step %d, evaluated %s%s", step, name, shown)
+        self.act(trainer.ActionMode.TRAIN_EVAL, summaries)
+
+    def act(self, mode: trainer.ActionMode, metrics_by_task: Mapping[str, Mapping]) -> None:
+        """Run the actions of `mode`; any of them may stop the training."""
+        for action in self.actions.get(mode, ()):
+            if action.run(self.loop.train_state, metrics_by_task=metrics_by_task):
+                self.loop.stop_training = True
+
+    @contextlib.contextmanager
+    def closing(self, collects_garbage: bool) -> Iterator[None]:
+        """Wait for all background work at the end; an error of the body goes before theirs."""
+        collects_garbage = collects_garbage and gc.isenabled()
+        if collects_garbage:
+            gc.disable()
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if collects_garbage:
+                gc.enable()
+            for close in (self.manager.close, self.loop.close):
+                try:
+                    close()
+                except Exception:
+                    if not failed:
+                        raise
+                    logging.exception("While closing after another error:")
+
+
+def _as_numpy(found: Any) -> Iterable:
+    return found.as_numpy_iterator() if hasattr(found, "as_numpy_iterator") else found

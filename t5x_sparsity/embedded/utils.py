@@ -1,0 +1,316 @@
+"""Configurations, learning rates and the train-state initializer, under T5X's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from t5x_sparsity.embedded import checkpoints, data, train_state
+
+DatasetConfig = data.DatasetConfig
+get_dataset = data.get_dataset
+get_training_eval_datasets = data.get_training_eval_datasets
+get_zeros_batch_like_dataset = data.get_zeros_batch_like_dataset
+verify_matching_vocabs = data.verify_matching_vocabs
+get_local_data = checkpoints.get_local_data
+
+_SAVE_DTYPES = (None, "float32", "bfloat16")
+_RESTORE_DTYPES = (None, "float32", "bfloat16", "float16")
+_RESTORE_MODES = ("specific", "latest", "all")
+
+
+def _one_of(binding: str, got: Any, allowed: Sequence[Any]) -> None:
+    if got not in allowed:
+        names = ", ".join(repr(value) for value in allowed)
+        raise ValueError(f"{binding} is {got!r}; it must be one of {names}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveCheckpointConfig:
+    """When checkpoints are written and what they hold.
+
+    Attributes:
+      dtype: the type that weights are saved in ('float32', 'bfloat16', or None: as they are). The
+        optimizer's state always keeps its own types.
+      period: steps between checkpoints, or None.
+      checkpoint_steps: further steps to save at.
+      keep: how many checkpoints stay; None keeps all.
+      save_dataset: save the position in the training data, so that a resumed run goes on with the
+        batches that come next. Needs a fixed seed in the training DatasetConfig.
+      state_transformation_fns: each takes and returns (state_dict, param_infos), before writing.
+    """
+
+    dtype: str | None = "float32"
+    period: int | None = None
+    checkpoint_steps: Sequence[int] | None = None
+    keep: int | None = None
+    save_dataset: bool = False
+    state_transformation_fns: Sequence[Callable] = ()
+    checkpoint_manager_cls: Callable = checkpoints.OrbaxCheckpointManagerInterface
+
+    def __post_init__(self):
+        _one_of("utils.SaveCheckpointConfig.dtype", self.dtype, _SAVE_DTYPES)
+        for name in ("period", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"utils.SaveCheckpointConfig.{name} is {value}; it must be at least 1, or None."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestoreCheckpointConfig:
+    """Which checkpoint a new run starts from.
+
+    Attributes:
+      path: a checkpoint (mode 'specific') or a folder of checkpoints (mode 'latest'); an empty
+        sequence starts from scratch.
+      mode: 'specific' or 'latest'. ('all' is T5X's, for evaluation, and is refused in training.)
+      assignment_map: (regex, replacement) pairs. A leaf of the model whose whole name matches is
+        read from the checkpoint's leaf of the replaced name; None as replacement leaves it out.
+      strict: False drops leaves of the checkpoint that the model doesn't have.
+      fallback_to_scratch: initialize what the checkpoint lacks; needs assignment_map or
+        state_transformation_fns, which say what may be missing.
+      dtype: cast the weights to this type; None takes the model's.
+      restore_dataset: go on in the training data where the checkpoint's run was.
+      state_transformation_fns: each takes (checkpoint_state, model_state, is_resuming=) as nested
+        dicts and returns the checkpoint's; the leaves stand for arrays that are read afterwards.
+    """
+
+    path: str | Sequence[str] = ()
+    mode: str = "latest"
+    assignment_map: Sequence[tuple[str, str | None]] | None = None
+    strict: bool = True
+    fallback_to_scratch: bool = False
+    dtype: str | None = None
+    restore_dataset: bool = False
+    state_transformation_fns: Sequence[Callable] = ()
+    checkpoint_manager_cls: Callable = checkpoints.OrbaxCheckpointManagerInterface
+
+    def __post_init__(self):
+        _one_of("utils.RestoreCheckpointConfig.mode", self.mode, _RESTORE_MODES)
+        _one_of("utils.RestoreCheckpointConfig.dtype", self.dtype, _RESTORE_DTYPES)
+        if self.fallback_to_scratch and not self.transformations:
+            raise ValueError(
+                "utils.RestoreCheckpointConfig.fallback_to_scratch = True needs an assignment_map "
+                "(or state_transformation_fns) that says which leaves the checkpoint may lack, "
+                "such as assignment_map = ((r'state/.*', None),)."
+            )
+
+    @property
+    def transformations(self) -> tuple[Callable, ...]:
+        """The assignment map, as a transformation, and the transformations after it."""
+        first = ()
+        if self.assignment_map is not None:
+            first = (_AssignmentMap(tuple(map(tuple, self.assignment_map))),)
+        return (*first, *self.state_transformation_fns)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How a run saves its checkpoints and which one it starts from; None switches either off."""
+
+    save: SaveCheckpointConfig | None = None
+    restore: RestoreCheckpointConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _AssignmentMap:
+    rules: tuple[tuple[str, str | None], ...]
+
+    def __call__(self, saved: Mapping, expected: Mapping, *, is_resuming: bool = False) -> Mapping:
+        if is_resuming:
+            return saved
+        source = traverse_util.flatten_dict(saved, sep="/")
+        result, taken, skipped, used = {}, set(), set(), set()
+        for name in traverse_util.flatten_dict(expected, sep="/"):
+            for pattern, replacement in self.rules:
+                match = re.fullmatch(pattern, name)
+                if match is None:
+                    continue
+                used.add(pattern)
+                if replacement is None:
+                    skipped.add(name)
+                else:
+                    old = match.expand(replacement)
+                    if old not in source:
+                        raise ValueError(
+                            f"assignment_map {pattern!r} -> {replacement!r} reads {name!r} from "
+                            f"{old!r}, which the checkpoint doesn't hold."
+                        )
+                    result[name] = source[old]
+                    taken.add(old)
+                break
+        unused = [pattern for pattern, _ in self.rules if pattern not in used]
+        if unused:
+            raise ValueError(
+                f"utils.RestoreCheckpointConfig.assignment_map: {unused} match no leaf of the "
+                "model's state. Patterns match whole names, such as r'state/param_states/.*'."
+            )
+        for name, leaf in source.items():
+            if name not in taken and name not in skipped:
+                result.setdefault(name, leaf)
+        return traverse_util.unflatten_dict(result, sep="/")
+
+
+class LearningRateCallable(Protocol):
+    """Maps a step (integer array) to a learning rate (float32 scalar)."""
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        """The learning rate of `step`."""
+
+
+def create_learning_rate_scheduler(
+    factors: str = "constant * linear_warmup * rsqrt_decay",
+    base_learning_rate: float = 0.5,
+    warmup_steps: int = 1000,
+    decay_factor: float = 0.5,
+    steps_per_decay: int = 20000,
+    steps_per_cycle: int = 100000,
+    step_offset: int = 0,
+    min_learning_rate: float = 1e-8,
+) -> LearningRateCallable:
+    """The product of the named factors as a function of the step, never below `min_learning_rate`.
+
+    Factors, for s = max(step - step_offset, 0) and w = warmup_steps:
+
+    - constant: base_learning_rate
+    - linear_warmup: min(1, s / w)
+    - linear_decay: base_learning_rate * min(s / w, 1 + decay_factor * (w - s))
+    - rsqrt_decay: 1 / sqrt(max(s, w))
+    - rsqrt_normalized_decay: sqrt(w / max(s, w))
+    - decay_every: decay_factor ** (s // steps_per_decay)
+    - cosine_decay: (1 + cos(pi * p)) / 2, p = max(0, s - w) / steps_per_cycle modulo 1
+    """
+    warmup = warmup_steps
+    table: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "constant": lambda s: base_learning_rate,
+        "linear_warmup": lambda s: jnp.minimum(1.0, s / warmup),
+        "linear_decay": lambda s: (
+            base_learning_rate * jnp.minimum(s / warmup, 1.0 + decay_factor * (warmup - s))
+        ),
+        "rsqrt_decay": lambda s: jax.lax.rsqrt(jnp.maximum(s, warmup).astype(jnp.float32)),
+        "rsqrt_normalized_decay": lambda s: jnp.sqrt(warmup / jnp.maximum(s, warmup)),
+        "decay_every": lambda s: decay_factor ** (s // steps_per_decay),
+        "cosine_decay": lambda s: (
+            0.5 + 0.5 * jnp.cos(jnp.pi * (jnp.maximum(0.0, s - warmup) / steps_per_cycle % 1.0))
+        ),
+    }
+    names = [name.strip() for name in factors.split("*")]
+    for name in names:
+        if name not in table:
+            raise ValueError(
+                f"utils.create_learning_rate_scheduler.factors = {factors!r} names the factor "
+                f"{name!r}; the factors are {', '.join(table)}."
+            )
+    uses_ratio = {"linear_warmup", "linear_decay", "rsqrt_normalized_decay", "rsqrt_decay"}
+    if warmup < 1 and uses_ratio & set(names):
+        raise ValueError(
+            f"utils.create_learning_rate_scheduler.warmup_steps is {warmup}; with "
+            f"{sorted(uses_ratio & set(names))} it must be at least 1."
+        )
+
+    def learning_rate(step):
+        since = jnp.maximum(0, jnp.asarray(step) - step_offset)
+        rate = jnp.float32(1.0)
+        for name in names:
+            rate = rate * table[name](since)
+        return jnp.maximum(rate, min_learning_rate).astype(jnp.float32)
+
+    return learning_rate
+
+
+class TrainStateInitializer:
+    """Makes the train state, sharded from the start, and knows its shapes and axes.
+
+    Attributes:
+      global_train_state_shape: the train state with a jax.ShapeDtypeStruct for each array.
+      train_state_axes: the train state with a PartitionSpec (or None) for each array.
+    """
+
+    def __init__(
+        self,
+        optimizer_def: Any,
+        init_fn: Callable[..., Mapping],
+        input_shapes: Mapping[str, Sequence[int]],
+        partitioner: Any,
+        input_types: Mapping[str, Any] | None = None,
+    ):
+        """Trace the initialization; nothing is computed yet.
+
+        Args:
+          optimizer_def: the optimizer. T5X takes None for inference; here it is a ValueError.
+          init_fn: called with rng=, input_shapes=, input_types=; returns the model's variables.
+          input_shapes: the shape of each feature of a whole batch.
+          partitioner: says which array lies where.
+          input_types: the dtype of each feature.
+        """
+        if optimizer_def is None:
+            raise ValueError(
+                "The model has no optimizer_def: the embedded host only trains. Set the model's "
+                "optimizer_def = %OPTIMIZER, or use T5X for inference."
+            )
+
+        def initialize(rng):
+            variables = flax.core.freeze(
+                init_fn(rng=rng, input_shapes=input_shapes, input_types=input_types)
+            )
+            return train_state.FlaxOptimTrainState.create(optimizer_def, variables)
+
+        self._partitioner = partitioner
+        self._initialize_train_state = initialize
+        self.global_train_state_shape = jax.eval_shape(initialize, jax.random.PRNGKey(0))
+        self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
+
+    def from_scratch(self, init_rng: jax.Array) -> Any:
+        """The train state at step 0, each array made where it is to lie."""
+        logging.info("Initializing the train state from scratch.")
+        make = self._partitioner.partition(
+            self._initialize_train_state,
+            in_axis_resources=None,
+            out_axis_resources=self.train_state_axes,
+        )
+        return make(init_rng)
+
+
+def flatten_dict_string_keys(tree: Mapping) -> dict[str, Any]:
+    """A nested dict as one flat dict, the keys joined by '/'."""
+    return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
+
+
+def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any) -> None:
+    """Write one line for each array of the state (name, size, shape, partition spec) to a file.
+
+    The shape names its logical axes where they are known, such as (embed=512, mlp=1024).
+    """
+    shapes = flatten_dict_string_keys(full_train_state.state_dict())
+    logical = flatten_dict_string_keys(partitioner.get_logical_axes(full_train_state).state_dict())
+    placed = flatten_dict_string_keys(partitioner.get_mesh_axes(full_train_state).state_dict())
+    lines, weights = [], 0
+    for name in sorted(shapes, key=lambda key: (not key.startswith("target/"), key)):
+        leaf = shapes[name]
+        if not hasattr(leaf, "shape"):
+            continue
+        size = int(np.prod(leaf.shape, dtype=np.int64))
+        weights += size if name.startswith("target/") else 0
+        axes = logical.get(name)
+        if axes is not None and len(tuple(axes)) == len(leaf.shape):
+            pairs = zip(tuple(axes), leaf.shape, strict=True)
+            shape = "(" + ", ".join(f"{axis}={length}" for axis, length in pairs) + ")"
+        else:
+            shape = str(tuple(leaf.shape))
+        spec = None if placed.get(name) is None else tuple(placed[name])
+        lines.append(f"{name:<72} {size:>12} {shape:<40} {leaf.dtype} {spec}")
+    logging.info("The model has %s weights.", f"{weights:,}")
+    if log_file is not None:
+        with open(log_file, "w", encoding="utf-8") as out:
+            out.write(f"Weights in all: {weights}\n\n" + "\n".join(lines) + "\n")
