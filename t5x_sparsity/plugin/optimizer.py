@@ -1,0 +1,221 @@
+"""The optimizer that T5X is given: the run's own, with masks beside its state."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from typing import Any
+
+import flax.core
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import PartitionSpec
+
+from t5x_sparsity import host, masks
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.sparsify import (
+    SparsityConfig,
+    SparsityState,
+    flatten,
+    init_state,
+    unflatten,
+    update_masks,
+    visible_gradients,
+    zero_slots,
+)
+
+UNDRIVEN = (
+    "this run has sparsity's train state but not its trainer, and would train without masks: a "
+    "file included after sparsity/*.gin has bound train.trainer_cls again (T5X's run files do). "
+    "Include sparsity/*.gin last."
+)
+
+
+class StepKind(enum.Enum):
+    """Which of the two train steps is compiled."""
+
+    PLAIN = "plain"
+    UPDATE = "update"
+
+
+@flax.struct.dataclass
+class SparseOptimizerState:
+    """State of the base optimizer, and of sparsity beside it.
+
+    In a checkpoint: `state/step`, `state/param_states/...` as the base lays them out,
+    `state/sparsity/masks/<path of the weight>` and `state/sparsity/rng`.
+    """
+
+    step: Any
+    param_states: Any
+    sparsity: SparsityState
+
+
+class SparseOptimizer(host.OptimizerDef):
+    """Any T5X optimizer, training sparse.
+
+    It configures, and holds no arrays. `step_kind` says which train step its `apply_gradient` is
+    traced for; the sparse trainer makes a copy for each, and without that trainer there is none.
+    """
+
+    def __init__(self, base: host.OptimizerDef, config: SparsityConfig):
+        # not OptimizerDef's own __init__: hyper_params are the base's
+        self.base = base
+        self.config = config
+        self.step_kind: StepKind | None = None
+        self._axes: dict[str, tuple[str | None, ...]] | None = None
+
+    def for_step(self, kind: StepKind) -> SparseOptimizer:
+        """This optimizer as the given train step needs it."""
+        driven = copy.copy(self)
+        driven.step_kind = kind
+        return driven
+
+    @property
+    def hyper_params(self):
+        return self.base.hyper_params
+
+    def update_hyper_params(self, **overrides):
+        return self.base.update_hyper_params(**overrides)
+
+    def set_param_axes(self, param_logical_axes) -> None:
+        """Takes the logical axes of every weight from the model."""
+        self._axes = {p: tuple(names) for p, names in _flatten_axes(param_logical_axes).items()}
+        if hasattr(self.base, "set_param_axes"):
+            self.base.set_param_axes(param_logical_axes)
+
+    def plan(self, params) -> Plan:
+        """The plan of the sparse weights among `params` (arrays or their shapes)."""
+        return self.config.plan(flatten(params), self._axes)
+
+    def init_state(self, params) -> SparseOptimizerState:
+        state = self.base.init_state(params)
+        return SparseOptimizerState(
+            step=jnp.asarray(state.step, jnp.int32),
+            param_states=state.param_states,
+            sparsity=init_state(self.config, self.plan(params), flatten(params)),
+        )
+
+    def create(self, target):
+        state = self.init_state(target)
+        masked = masks.apply(flatten(target), state.sparsity.masks)
+        return host.Optimizer(self, state, unflatten(target, masked))
+
+    def apply_gradient(self, hyper_params, params, state, grads):
+        """One train step's change of weights, optimizer state and, if it is the kind, masks."""
+        if self.step_kind is None:
+            raise ValueError(UNDRIVEN)
+        algorithm = self.config.algorithm
+        updates_masks = self.step_kind is StepKind.UPDATE
+        flat_grads, sparsity = flatten(grads), state.sparsity
+        base_state = _base_state(state)
+        if updates_masks and algorithm.replaces_gradient_step:
+            base_state = base_state.replace(step=state.step + 1)
+        else:
+            seen = unflatten(grads, visible_gradients(self.config, sparsity, flat_grads))
+            params, base_state = self.base.apply_gradient(hyper_params, params, base_state, seen)
+        weights, slots = flatten(params), base_state.param_states
+        if updates_masks:
+            sparsity, alive, grown = update_masks(
+                self.config,
+                self.plan(params),
+                sparsity,
+                step=state.step,
+                weights=weights,
+                grads=flat_grads,
+            )
+            slots = zero_slots(slots, grown)
+            for path, mask in alive.items():
+                weights[path] = jnp.where(mask, weights[path], jnp.zeros((), weights[path].dtype))
+        else:
+            weights = masks.apply(weights, sparsity.masks)
+        new_state = SparseOptimizerState(
+            step=jnp.asarray(base_state.step, jnp.int32), param_states=slots, sparsity=sparsity
+        )
+        return unflatten(params, weights), new_state
+
+    def derive_logical_axes(self, optimizer, param_logical_axes):
+        """The base's axes; a mask has its weight's."""
+        state = optimizer.state
+        base = self.base.derive_logical_axes(
+            host.Optimizer(self.base, _base_state(state), optimizer.target), param_logical_axes
+        )
+        # The host casts a leaf without axes to the checkpoint's dtype, counters included; such
+        # leaves are replicated, so say so.
+        real = _flat_dict(self.base.state_dict(optimizer.target, _base_state(state)))
+        axes = {
+            k: PartitionSpec() if v is None and real.get(k) is not None else v
+            for k, v in _flat_dict(base.state_dict()).items()
+        }
+        base = base.restore_state(_nested_dict(axes))
+        weight_axes = _flatten_axes(param_logical_axes)
+        sparsity = SparsityState(
+            masks={p: weight_axes[p] for p in state.sparsity.masks}, rng=PartitionSpec()
+        )
+        return host.Optimizer(
+            self,
+            SparseOptimizerState(
+                step=PartitionSpec(), param_states=base.state.param_states, sparsity=sparsity
+            ),
+            base.target,
+        )
+
+    def state_dict(self, target, state):
+        """The base's state dict, with the masks at `state/sparsity`."""
+        flat = _flat_dict(self.base.state_dict(target, _base_state(state)))
+        # Orbax can't read a None back; restore_state fills them in again
+        flat = {k: v for k, v in flat.items() if v is not None or not _is_slot(k)}
+        flat["state/step"] = state.step
+        flat["state/sparsity/rng"] = state.sparsity.rng
+        flat |= {f"state/sparsity/masks/{p}": m for p, m in state.sparsity.masks.items()}
+        return _nested_dict(flat)
+
+    def restore_state(self, opt_target, opt_state, state_dict):
+        flat = _flat_dict(flax.core.unfreeze(state_dict))
+        reference = _flat_dict(self.base.state_dict(opt_target, _base_state(opt_state)))
+        sparse = {k: v for k, v in flat.items() if k.startswith("state/sparsity/")}
+        dense = {k: v for k, v in flat.items() if k not in sparse}
+        dense |= {k: v for k, v in reference.items() if v is None and _is_slot(k)}
+        target, base_state = self.base.restore_state(
+            opt_target, _base_state(opt_state), _nested_dict(dense)
+        )
+        prefix = "state/sparsity/masks/"
+        stored = {k[len(prefix) :]: v for k, v in sparse.items() if k.startswith(prefix)}
+        if set(stored) != set(opt_state.sparsity.masks):
+            raise ValueError(
+                "the state to restore was made with other rules of sparsity: masks missing for "
+                f"{sorted(set(opt_state.sparsity.masks) - set(stored))}, unexpected for "
+                f"{sorted(set(stored) - set(opt_state.sparsity.masks))}"
+            )
+        sparsity = SparsityState(
+            masks={p: stored[p] for p in opt_state.sparsity.masks}, rng=sparse["state/sparsity/rng"]
+        )
+        return target, SparseOptimizerState(
+            step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
+        )
+
+
+def _base_state(state: SparseOptimizerState):
+    return host.OptimizerState(step=state.step, param_states=state.param_states)
+
+
+def _is_slot(key: str) -> bool:
+    return key.startswith("state/param_states/")
+
+
+def _flat_dict(tree) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
+    return dict(flat)
+
+
+def _nested_dict(flat) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _flatten_axes(axes) -> dict[str, PartitionSpec]:
+    leaves = jax.tree_util.tree_flatten_with_path(
+        axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}

@@ -1,0 +1,239 @@
+"""The trainer that T5X is given: the run's own, with two compiled train steps."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import clu.values
+import jax
+from absl import logging
+from jax.sharding import PartitionSpec
+
+from t5x_sparsity import host, metrics
+from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind
+from t5x_sparsity.sparsify import flatten
+
+NOT_SPARSE = (
+    "the sparse trainer got a train state without masks, and would train dense: bind "
+    "train.train_state_initializer_cls = @t5x_sparsity.SparseTrainStateInitializer, as "
+    "sparsity/*.gin do, and don't bind it again after them"
+)
+
+_LOSS = "loss_per_nonpadding_target_token"
+
+
+def sparse_trainer(
+    base: type, *, reference_losses: Mapping[str, float] | None = None, **kwargs: Any
+):
+    """Makes a trainer of class `base` that trains sparse.
+
+    Args:
+      base: any T5X trainer class, such as gin's configured `trainer.Trainer`; what gin binds to it
+        stays in force.
+      reference_losses: name -> loss, in the unit of the evaluation loss, that the closing report
+        shows beside it.
+      **kwargs: what T5X's `train` passes to a trainer.
+
+    Raises:
+      ValueError: the train state has no masks.
+    """
+    cls = type(f"Sparse{base.__name__}", (SparseTrainer, base), {})
+    trainer = cls(**kwargs)
+    trainer.reference_losses = dict(reference_losses or {})
+    return trainer
+
+
+class TrainStep:
+    """One of the two train steps, over the trainer's own train state.
+
+    The step it wraps was built for a copy of the optimizer that knows its `StepKind`; the train
+    state is handed over with that copy in place of the run's, and back.
+    """
+
+    def __init__(self, step, optimizer: SparseOptimizer):
+        self._step = step
+        self._optimizer = optimizer
+
+    def __call__(self, train_state, batch):
+        plain = train_state._optimizer.optimizer_def
+        new_state, step_metrics = self._step(with_optimizer(train_state, self._optimizer), batch)
+        return with_optimizer(new_state, plain), step_metrics
+
+    def lower(self, train_state, batch):
+        """Lowers for ahead-of-time compilation; abstract arguments will do."""
+        return self._step.lower(with_optimizer(train_state, self._optimizer), batch)
+
+    def compiled(self, partitioner, train_state, batch) -> TrainStep:
+        """This step, compiled."""
+        state = with_optimizer(train_state, self._optimizer)
+        return TrainStep(partitioner.compile(self._step, state, batch), self._optimizer)
+
+
+def with_optimizer(train_state, optimizer_def):
+    """The train state, or its axes, under another optimizer definition."""
+    return train_state.replace(
+        _optimizer=train_state._optimizer.replace(optimizer_def=optimizer_def)
+    )
+
+
+class _Summary:
+    """The future of a training summary, with the sparsity added."""
+
+    def __init__(self, base, sparsity: Mapping[str, jax.Array]):
+        self._base = base
+        self._sparsity = sparsity
+
+    def result(self):
+        scalars = {k: clu.values.Scalar(float(v)) for k, v in self._sparsity.items()}
+        return {**(self._base.result() or {}), **scalars}
+
+
+class SparseTrainer:
+    """Mixin over any T5X trainer. The host knows the step, and so which of two programs to run."""
+
+    reference_losses: Mapping[str, float] = {}
+
+    def __init__(self, **kwargs):
+        train_state = kwargs["train_state"]
+        optimizer = getattr(getattr(train_state, "_optimizer", None), "optimizer_def", None)
+        # evaluation jobs pass no train state
+        if train_state is not None and not isinstance(optimizer, SparseOptimizer):
+            raise ValueError(NOT_SPARSE)
+        super().__init__(**kwargs)
+        self._optimizer_def = optimizer
+        self._compiled_steps: dict[str, TrainStep] | None = None
+        self._host_step: int | None = None
+        self._last_eval: dict[str, float] = {}
+        self._trained = False
+        if train_state is not None:
+            shapes = flatten(train_state.params)
+            self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
+            self._plan = optimizer.plan(train_state.params)
+
+    @functools.cached_property
+    def _steps(self) -> dict[str, TrainStep]:
+        """The base trainer's own step, built once for each kind."""
+        kinds = [StepKind.PLAIN]
+        if self._optimizer_def.config.algorithm.updates.last is not None and self._plan:
+            kinds.append(StepKind.UPDATE)
+        steps = {}
+        for kind in kinds:
+            optimizer = self._optimizer_def.for_step(kind)
+            view = copy.copy(self)
+            view._train_state = None
+            view._train_state_axes = with_optimizer(self._train_state_axes, optimizer)
+            steps[kind.value] = TrainStep(_base_train_step(view), optimizer)
+        return steps
+
+    def train_step_variants(self) -> dict[str, TrainStep]:
+        """{'plain': step} and, where masks are updated, {'update': step}; each has `.lower`."""
+        return dict(self._steps)
+
+    @property
+    def _partitioned_train_step(self):
+        return self._dispatch
+
+    def _dispatch(self, train_state, batch):
+        """Runs the step that is due; the host counts, nothing is read from the device."""
+        if self._host_step is None:
+            self._host_step = int(host.utils.get_local_data(train_state.step))
+        due = self._optimizer_def.config.algorithm.updates.is_update(self._host_step)
+        self._host_step += 1
+        steps = self._compiled_steps or self._steps
+        kind = StepKind.UPDATE if due and StepKind.UPDATE.value in steps else StepKind.PLAIN
+        return steps[kind.value](train_state, batch)
+
+    def train(self, batch_iter, num_steps, start_step=None):
+        """As the base's; the summary also has the sparsity reached."""
+        if start_step is None:
+            start_step = int(host.utils.get_local_data(self.train_state.step))
+        self._host_step = int(start_step)
+        self._trained = True
+        summary = super().train(batch_iter, num_steps, start_step=start_step)
+        masks = self.train_state._optimizer.state.sparsity.masks
+        # still on the device: whoever writes or asks for them waits, the steps go on
+        scalars = jax.tree.map(host.utils.get_local_data, self._sparsities(masks) if masks else {})
+        self.train_metrics_manager.write_scalars(self._host_step, scalars)
+        return _Summary(summary, scalars)
+
+    def compile_train(self, batch) -> None:
+        """Compiles both steps."""
+        tick = time.time()
+        state = self.train_state
+        self._compiled_steps = {
+            name: step.compiled(self._partitioner, state, batch)
+            for name, step in self._steps.items()
+        }
+        self._compiled_train_step = self._dispatch
+        self.train_metrics_manager.write_scalar(
+            "timing/compilation_seconds", time.time() - tick, state.step
+        )
+
+    def eval(self, batch_iters):
+        """As the base's; the losses are kept for the closing report."""
+        summaries = super().eval(batch_iters)
+        for name, values in summaries.items():
+            if values and _LOSS in values:
+                self._last_eval[name] = float(values[_LOSS].value)
+        return summaries
+
+    def layer_summaries(self) -> list[metrics.LayerSummary]:
+        """Target and actual sparsity a weight, the total last. Reads counts from the device."""
+        masks = self.train_state._optimizer.state.sparsity.masks
+        kept = {}
+        if masks:
+            counts = jax.tree.map(host.utils.get_local_data, self._count(masks))
+            kept = {p: metrics.total_kept(c) for p, c in counts.items()}
+        return metrics.summarize(self._shapes, kept, self._plan)
+
+    @functools.cached_property
+    def _count(self):
+        return self._of_masks(metrics.kept_counts)
+
+    @functools.cached_property
+    def _sparsities(self):
+        sizes = {p: layer.size for p, layer in self._plan.items()}
+        return self._of_masks(lambda masks: metrics.sparsities(masks, sizes))
+
+    def _of_masks(self, fn):
+        """Compiles a small function of the masks, for all processes to run."""
+        axes = self._train_state_axes._optimizer.state.sparsity.masks
+        return self._partitioner.partition(
+            fn, in_axis_resources=(axes,), out_axis_resources=PartitionSpec()
+        )
+
+    def close(self) -> None:
+        """Closes the base trainer and, after a run, logs what it has reached."""
+        if self._trained and jax.process_index() == 0:
+            self._trained = False
+            _log_report(self.layer_summaries(), self._last_eval, self.reference_losses)
+        super().close()
+
+
+def _log_report(rows, losses: Mapping[str, float], references: Mapping[str, float]) -> None:
+    lines = ["Sparsity at the end of the run:", *metrics.summary_table(rows).splitlines()]
+    for name, loss in losses.items():
+        lines.append(f"Validation loss of {name}: {loss:.4f} nats a token")
+    for name, loss in references.items():
+        lines.append(f"Reference, {name}: {loss:.4f} nats a token")
+    logging.info("%s", "\n".join(lines))
+
+
+def _base_train_step(trainer):
+    """What the base class's `_partitioned_train_step` makes for `trainer`."""
+    for cls in type(trainer).__mro__:
+        attribute = cls.__dict__.get("_partitioned_train_step")
+        if attribute is None or issubclass(SparseTrainer, cls):
+            continue
+        make = getattr(attribute, "func", None) or getattr(attribute, "fget", None)
+        if make is None or getattr(attribute, "__isabstractmethod__", False):
+            break
+        return make(trainer)
+    raise TypeError(
+        f"{type(trainer).__name__}: the base trainer has no _partitioned_train_step property to "
+        "build the sparse steps from; bind sparse_trainer.base to a trainer that has"
+    )

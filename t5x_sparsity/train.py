@@ -1,0 +1,108 @@
+r"""Trains a model, on T5X where it is importable, else on the embedded host.
+
+The flags are those of T5X's own train script, and `--host` to force one of the two:
+
+    python -m t5x_sparsity.train --gin_file=examples/rigl_stdlib.gin --gin.SPARSITY=0.9
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+# T5X's train script wants this set before flax is imported: profiles then name modules.
+os.environ.setdefault("FLAX_PROFILE", "true")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+
+_HOST_FLAG = "--host"
+
+
+def _host_argument(argv: Sequence[str]) -> str | None:
+    """The host asked for, read before anything that depends on it is imported."""
+    for i, arg in enumerate(argv):
+        if arg == _HOST_FLAG and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith(f"{_HOST_FLAG}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+if __name__ == "__main__" and _host_argument(sys.argv):
+    os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
+
+import gin
+import jax
+import seqio
+
+from t5x_sparsity import host
+
+# gin files bind it as `__main__.train`
+train = host.train_lib.train
+
+
+def _define_flags() -> None:
+    flags.DEFINE_multi_string(
+        "gin_file", None, "Gin file; may be given several times, later ones override earlier ones."
+    )
+    flags.DEFINE_multi_string("gin_bindings", [], "A gin binding; --gin.NAME=VALUE for short.")
+    flags.DEFINE_list("gin_search_paths", ["."], "Folders that gin files are searched in.")
+    flags.DEFINE_string("tfds_data_dir", None, "Folder of TensorFlow Datasets, for all tasks.")
+    flags.DEFINE_list("seqio_additional_cache_dirs", [], "Folders of cached seqio tasks.")
+    flags.DEFINE_enum(
+        "host", "auto", ["auto", "t5x", "embedded"], "auto: T5X where importable, else embedded."
+    )
+    flags.DEFINE_boolean("multiprocess_gpu", False, "Join the processes named by the next flags.")
+    flags.DEFINE_string("coordinator_address", None, "IP:PORT of the coordinator.")
+    flags.DEFINE_integer("process_count", None, "Number of processes.")
+    flags.DEFINE_integer("process_index", None, "Index of this process.")
+    flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for the others.")
+
+
+def _join_processes(values) -> None:
+    if host.NAME != "t5x":
+        raise app.UsageError(
+            "the embedded host trains on one process; run several with T5X, or drop "
+            "--multiprocess_gpu"
+        )
+    timeout = values.initialization_timeout
+    jax.distributed.initialize(
+        values.coordinator_address,
+        values.process_count,
+        values.process_index,
+        **({} if timeout is None else {"initialization_timeout": timeout}),
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses the gin files and bindings, and trains."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    logging.info(
+        "Host: %s",
+        f"T5X at {os.path.dirname(host.train_lib.__file__)}"
+        if host.NAME == "t5x"
+        else "the embedded host of t5x_sparsity (T5X is not in use)",
+    )
+    if values.multiprocess_gpu:
+        _join_processes(values)
+    if values.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(values.tfds_data_dir)
+    if values.seqio_additional_cache_dirs:
+        seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)
+    train_using_gin = gin.configurable(train)
+    search = list(values.gin_search_paths)
+    if host.NAME == "t5x":
+        # T5X's gin files are found relative to its package's parent
+        search.append(os.path.dirname(os.path.dirname(host.train_lib.__file__)))
+    host.gin_utils.parse_gin_flags(search, values.gin_file, values.gin_bindings)
+    train_using_gin()
+    jax.effects_barrier()
+
+
+if __name__ == "__main__":
+    _define_flags()
+    host.gin_utils.run(main)
