@@ -61,6 +61,12 @@ def check_level(value, name: str, *, closed: bool = False) -> None:
         )
 
 
+def check_embedding_level(value) -> None:
+    """Raises ValueError unless value is a level in [0, 1), 'auto' or None."""
+    if value not in (None, AUTO):
+        check_level(value, "embedding_sparsity (EMBEDDING_SPARSITY), unless 'auto' or None,")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """What is done to one weight.
@@ -146,9 +152,7 @@ def make_plan(
     distributions.check_distribution(distribution)
     pattern = Unstructured() if pattern is None else pattern
     axes = {} if axes is None else axes
-    if embedding_sparsity is not None:
-        if embedding_sparsity != AUTO:
-            check_level(embedding_sparsity, "embedding_sparsity (EMBEDDING_SPARSITY)")
+    check_embedding_level(embedding_sparsity)
     eligible = {p: x for p, x in shapes.items() if _can_be_sparse(x)}
     matched = _match(rules, eligible)
 

@@ -180,7 +180,7 @@ class Constant:
     value: float
 
     def __post_init__(self):
-        _check_share("value", self.value)
+        _check_share("Constant.value", self.value)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         return jnp.full(jnp.shape(progress), self.value, jnp.float32)
@@ -199,8 +199,8 @@ class Polynomial:
     power: float = 3.0
 
     def __post_init__(self):
-        _check_share("initial", self.initial)
-        _check_share("final", self.final)
+        _check_share("Polynomial.initial", self.initial)
+        _check_share("Polynomial.final", self.final)
         if self.power <= 0:
             raise ValueError(f"power must be above 0, got {self.power}")
 
@@ -219,8 +219,8 @@ class Cosine:
     final: float = 0.0
 
     def __post_init__(self):
-        _check_share("initial", self.initial)
-        _check_share("final", self.final)
+        _check_share("Cosine.initial", self.initial)
+        _check_share("Cosine.final", self.final)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         half = (1 + jnp.cos(np.float32(np.pi) * progress)) / 2

@@ -15,7 +15,7 @@ from t5x_sparsity import masks as masks_lib
 from t5x_sparsity.algorithms import Algorithm, Dense, Update
 from t5x_sparsity.distributions import check_distribution
 from t5x_sparsity.patterns import Pattern
-from t5x_sparsity.plan import Plan, Rule, check_level, make_plan
+from t5x_sparsity.plan import Plan, Rule, check_embedding_level, check_level, make_plan
 
 Arrays = Mapping[str, jax.Array]
 
@@ -51,6 +51,7 @@ class SparsityConfig:
         check_level(self.sparsity, "sparsity (SPARSITY)")
         object.__setattr__(self, "rules", tuple(self.rules))
         check_distribution(self.distribution)
+        check_embedding_level(self.embedding_sparsity)
 
     def plan(
         self, shapes: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]] | None = None

@@ -175,7 +175,10 @@ class PjitPartitioner:
         return train_state.as_logical_axes()
 
     def get_mesh_axes(self, train_state: FlaxOptimTrainState) -> FlaxOptimTrainState:
-        """Returns the state with a PartitionSpec of mesh axes, or None, for each leaf."""
+        """Returns the state with a PartitionSpec of mesh axes, or None, for each leaf.
+
+        An axis that no rule names is not split, as in T5X.
+        """
         logical = self.get_logical_axes(train_state)
         flat = traverse_util.flatten_dict(logical.state_dict(), keep_empty_nodes=True, sep="/")
         mesh_axes = {path: self._to_mesh_axes(path, axes) for path, axes in flat.items()}
@@ -215,8 +218,8 @@ class PjitPartitioner:
             return flax_partitioning.logical_to_mesh_axes(axes, self._logical_axis_rules)
         except ValueError as error:
             raise ValueError(
-                f"The logical axes {tuple(axes)} of '{path}' can not be mapped to the mesh: {error}"
-                " Add the missing rule to PjitPartitioner.logical_axis_rules."
+                f"The logical axes {tuple(axes)} of '{path}' can not be mapped to the mesh by "
+                f"PjitPartitioner.logical_axis_rules: {error} Give each axis a name of its own."
             ) from error
 
 
