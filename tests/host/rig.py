@@ -1,0 +1,139 @@
+"""A tiny T5 on the host in use, T5X or the embedded one, for the host tests."""
+
+import jax
+import numpy as np
+import optax
+import seqio
+from jax.sharding import Mesh
+
+import t5x_sparsity as ts
+from t5x_sparsity import host
+from t5x_sparsity.plugin import SparseTrainStateInitializer, sparse_trainer
+
+BATCH, LENGTH, VOCAB = 4, 8, 64
+FEATURES = (
+    "encoder_input_tokens",
+    "decoder_input_tokens",
+    "decoder_target_tokens",
+    "decoder_loss_weights",
+)
+
+
+def adafactor(**kwargs):
+    return host.adafactor.Adafactor(
+        decay_rate=0.8,
+        step_offset=0,
+        logical_factor_rules=host.adafactor.standard_logical_factor_rules(),
+        **kwargs,
+    )
+
+
+OPTIMIZERS = {
+    "adafactor": adafactor,
+    "adafactor-momentum": lambda: adafactor(beta1=0.9),
+    "adafactor-factored": lambda: adafactor(min_dim_size_to_factor=8),
+    "adamw": lambda: host.optimizers.adamw(1e-2),
+    "lion": lambda: host.optimizers.lion(1e-3),
+    "sgd-momentum": lambda: host.optimizers.sgd(1e-2, momentum=0.9),
+    "chain": lambda: host.optimizers.chain([optax.clip_by_global_norm(1.0), optax.adam(1e-2)]),
+}
+
+
+def model(optimizer_def, layers=1):
+    """A T5 1.1 of width 16."""
+    config = host.network.T5Config(
+        vocab_size=VOCAB,
+        dtype="float32",
+        emb_dim=64,
+        num_heads=2,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        head_dim=32,
+        mlp_dim=128,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+    )
+    vocabulary = seqio.ByteVocabulary()
+    return host.models.EncoderDecoderModel(
+        host.network.Transformer(config), vocabulary, vocabulary, optimizer_def
+    )
+
+
+class MeshPartitioner(host.partitioning.PjitPartitioner):
+    """Over the first data x model devices; on CPU, T5X takes all devices for model-parallel."""
+
+    def __init__(self, data=1, model=1, **kwargs):
+        self._wanted = Mesh(
+            np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model")
+        )
+        super().__init__(num_partitions=model, **kwargs)
+
+    @property
+    def mesh(self):
+        return self._wanted
+
+
+def rigl(sparsity=0.8, *, begin=2, end=20, period=3, **kwargs):
+    """A RigL configuration that updates at 2, 5, 8, ..."""
+    return ts.SparsityConfig(
+        algorithm=ts.RigL(updates=ts.Periodic(begin=begin, end=end, period=period)),
+        sparsity=sparsity,
+        distribution="erk",
+        **kwargs,
+    )
+
+
+def batch(seed=0):
+    rng = np.random.RandomState(seed)
+    tokens = {k: rng.randint(3, VOCAB, (BATCH, LENGTH)).astype("int32") for k in FEATURES[:3]}
+    return {**tokens, FEATURES[3]: np.ones((BATCH, LENGTH), "int32")}
+
+
+def initializer(config, optimizer="adamw", partitioner=None):
+    """(initializer, model, partitioner); a config of None is a dense run."""
+    optimizer_def = OPTIMIZERS[optimizer]()
+    net = model(optimizer_def)
+    partitioner = partitioner or MeshPartitioner()
+    shapes = {k: (BATCH, LENGTH) for k in FEATURES}
+    arguments = (optimizer_def, net.get_initial_variables, shapes, partitioner)
+    if config is None:
+        made = host.TrainStateInitializer(*arguments)
+    else:
+        made = SparseTrainStateInitializer(*arguments, config=config)
+    return made, net, partitioner
+
+
+def trainer(config, optimizer="adamw", partitioner=None, state=None, seed=0, **kwargs):
+    """A trainer over a fresh train state, or the one given."""
+    init, net, partitioner = initializer(config, optimizer, partitioner)
+    if state is None:
+        state = init.from_scratch(jax.random.PRNGKey(seed))
+    arguments = dict(
+        model=net,
+        train_state=state,
+        partitioner=partitioner,
+        eval_names=[],
+        summary_dir=None,
+        train_state_axes=init.train_state_axes,
+        rng=jax.random.PRNGKey(1),
+        learning_rate_fn=lambda step: 1e-2,
+        num_microbatches=None,
+    )
+    arguments |= kwargs
+    if config is None:
+        return host.Trainer(**arguments)
+    return sparse_trainer(host.Trainer, **arguments)
+
+
+def run(trainer, steps, start=0):
+    """Takes steps on batches that depend on the step alone; returns the last summary."""
+    batches = iter([batch(i) for i in range(start, start + steps)])
+    return trainer.train(batches, steps, start_step=start).result()
+
+
+def leaves(tree):
+    """Leaves of a train state's state dict on the host, by path."""
+    from flax import traverse_util
+
+    flat = traverse_util.flatten_dict(tree.state_dict(), sep="/")
+    return {k: np.asarray(host.utils.get_local_data(v)) for k, v in flat.items()}

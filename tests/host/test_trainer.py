@@ -1,0 +1,314 @@
+"""The trainer that the host is given."""
+
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rig
+from jax.sharding import PartitionSpec
+
+import t5x_sparsity as ts
+from t5x_sparsity import host, masks
+from t5x_sparsity.plugin import SparseOptimizer, sparse_trainer
+from t5x_sparsity.sparsify import flatten
+
+COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def mask_bytes(state):
+    return {p: np.asarray(m) for p, m in state._optimizer.state.sparsity.masks.items()}
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    trainer = rig.trainer(rig.rigl())
+    yield trainer
+    trainer.close()
+
+
+def test_masks_change_at_the_scheduled_steps_alone(trainer):
+    before = mask_bytes(trainer.train_state)
+    for step in range(9):
+        summary = rig.run(trainer, 1, start=step)
+        after = mask_bytes(trainer.train_state)
+        changed = any((before[p] != after[p]).any() for p in before)
+        assert changed == (step in (2, 5, 8)), step
+        assert summary["sparsity/total"].value == pytest.approx(0.8, abs=1e-3)
+        before = after
+    assert int(trainer.train_state.step) == 9
+
+
+def test_pruned_weights_are_exactly_zero_and_counts_are_exact(trainer):
+    state = trainer.train_state
+    weights = flatten(state.params)
+    rows = {r.path: r for r in trainer.layer_summaries()}
+    for path, stored in state._optimizer.state.sparsity.masks.items():
+        mask = np.asarray(masks.unpack(stored, weights[path].shape))
+        assert (np.asarray(weights[path])[~mask] == 0).all()
+        target = round(weights[path].size * (1 - rows[path].target))
+        assert abs(int(mask.sum()) - target) <= 1
+        assert rows[path].kept == mask.sum()
+
+
+def test_the_two_steps_compile_once(trainer):
+    variants = trainer.train_step_variants()
+    assert set(variants) == {"plain", "update"}
+    rig.run(trainer, 4, start=9)
+
+    def sizes():
+        steps = [v._step for v in variants.values()]
+        jitted = [next(x for x in vars(s).values() if hasattr(x, "_cache_size")) for s in steps]
+        return [j._cache_size() for j in jitted]
+
+    first = sizes()
+    rig.run(trainer, 6, start=13)
+    assert sizes() == first == [1, 1]
+
+
+def test_the_state_keeps_its_structure(trainer):
+    fresh = rig.initializer(rig.rigl())[0].global_train_state_shape
+    state = trainer.train_state
+    assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(fresh)]
+    assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(fresh)]
+    assert isinstance(state._optimizer.optimizer_def, SparseOptimizer)
+    assert state._optimizer.optimizer_def.step_kind is None
+
+
+def test_compiled_ahead_of_time_it_trains_the_same():
+    def final(compile_first):
+        trainer = rig.trainer(rig.rigl())
+        if compile_first:
+            trainer.compile_train(rig.batch())
+        rig.run(trainer, 6)
+        trainer.close()
+        return rig.leaves(trainer.train_state)
+
+    a, b = final(False), final(True)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def test_static_masks_need_no_update_step():
+    config = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.9)
+    trainer = rig.trainer(config)
+    assert set(trainer.train_step_variants()) == {"plain"}
+    before = mask_bytes(trainer.train_state)
+    rig.run(trainer, 3)
+    after = mask_bytes(trainer.train_state)
+    assert before and all((before[p] == after[p]).all() for p in before)
+    trainer.close()
+
+
+def test_a_dense_run_by_the_same_path_is_the_hosts_own():
+    dense = rig.trainer(ts.SparsityConfig(algorithm=ts.Dense()))
+    plain = rig.trainer(None)
+    rig.run(dense, 3)
+    rig.run(plain, 3)
+    ours, theirs = rig.leaves(dense.train_state), rig.leaves(plain.train_state)
+    assert set(ours) - set(theirs) == {"state/sparsity/rng"}
+    for path in theirs:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+    dense.close()
+    plain.close()
+
+
+def test_magnitude_reaches_its_target_at_the_last_update():
+    updates = ts.Periodic(begin=1, end=6, period=2)
+    trainer = rig.trainer(
+        ts.SparsityConfig(algorithm=ts.Magnitude(updates=updates), sparsity=0.75), "adafactor"
+    )
+    assert trainer.layer_summaries()[-1].sparsity == 0
+    levels = []
+    for step in range(7):
+        rig.run(trainer, 1, start=step)
+        levels.append(trainer.layer_summaries()[-1].sparsity)
+    # updates at 1, 3, 5 and, off the grid, 6; the first is at the start of the ramp
+    assert levels[0] == levels[1] == levels[2] == 0
+    assert 0 < levels[3] == levels[4] < levels[5] < levels[6]
+    assert all(abs(r.sparsity - 0.75) * r.size <= 1 for r in trainer.layer_summaries()[:-1])
+    trainer.close()
+
+
+def test_microbatches_are_the_bases():
+    whole, parts = rig.trainer(rig.rigl()), rig.trainer(rig.rigl(), num_microbatches=2)
+    rig.run(whole, 2)
+    rig.run(parts, 2)
+    a, b = rig.leaves(whole.train_state), rig.leaves(parts.train_state)
+    for path in a:
+        if path.startswith("target/"):
+            np.testing.assert_allclose(a[path], b[path], atol=2e-2, err_msg=path)
+    whole.close()
+    parts.close()
+
+
+def test_a_users_own_trainer_class_works():
+    class Counting(host.Trainer):
+        traced = 0
+
+        @property
+        def _partitioned_train_step(self):
+            inner = host.Trainer.__dict__["_partitioned_train_step"].func(self)
+            type(self).traced += 1
+            return inner
+
+    init, net, partitioner = rig.initializer(rig.rigl())
+    trainer = sparse_trainer(
+        Counting,
+        model=net,
+        train_state=init.from_scratch(jax.random.PRNGKey(0)),
+        partitioner=partitioner,
+        eval_names=[],
+        summary_dir=None,
+        train_state_axes=init.train_state_axes,
+        rng=jax.random.PRNGKey(1),
+        learning_rate_fn=lambda step: 1e-2,
+        num_microbatches=None,
+    )
+    assert isinstance(trainer, Counting)
+    rig.run(trainer, 3)
+    # one build a compiled step, each through the user's class
+    assert type(trainer).traced == 2 or Counting.traced == 2
+    trainer.close()
+
+
+def test_a_dense_train_state_is_refused():
+    init, net, partitioner = rig.initializer(None)
+    with pytest.raises(ValueError, match="would train dense.*train_state_initializer_cls"):
+        sparse_trainer(
+            host.Trainer,
+            model=net,
+            train_state=init.from_scratch(jax.random.PRNGKey(0)),
+            partitioner=partitioner,
+            eval_names=[],
+            summary_dir=None,
+            train_state_axes=init.train_state_axes,
+            rng=jax.random.PRNGKey(1),
+            learning_rate_fn=lambda step: 1e-2,
+            num_microbatches=None,
+        )
+
+
+def test_the_initializer_without_an_optimizer_changes_nothing():
+    from t5x_sparsity.plugin import SparseTrainStateInitializer
+
+    if host.NAME == "embedded":
+        pytest.skip("the embedded host has no inference jobs, which pass no optimizer")
+    _, net, partitioner = rig.initializer(rig.rigl())
+    shapes = {k: (rig.BATCH, rig.LENGTH) for k in rig.FEATURES}
+    init = SparseTrainStateInitializer(None, net.get_initial_variables, shapes, partitioner)
+    state = init.from_scratch(jax.random.PRNGKey(0))
+    assert not hasattr(state, "_optimizer")
+
+
+def test_the_initializer_without_a_config_says_so():
+    from t5x_sparsity.plugin import SparseTrainStateInitializer
+
+    _, net, partitioner = rig.initializer(rig.rigl())
+    shapes = {k: (rig.BATCH, rig.LENGTH) for k in rig.FEATURES}
+    with pytest.raises(ValueError, match=r"has no config; include one of sparsity/\*\.gin"):
+        SparseTrainStateInitializer(
+            rig.OPTIMIZERS["adamw"](), net.get_initial_variables, shapes, partitioner
+        )
+
+
+def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
+    init, _, _ = rig.initializer(rig.rigl())
+    # an embed axis of 64 packs to 8 bytes, which 16 devices can't share
+    rules = {"embed": "data"}
+    axes = init.train_state_axes._optimizer.state.sparsity.masks
+    for path, spec in axes.items():
+        names = init.train_state_axes._optimizer.optimizer_def._axes[path]
+        axes[path] = PartitionSpec(*(rules.get(n, s) for n, s in zip(names, spec, strict=True)))
+    init._partitioner = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(shape={"data": 16, "model": 1})
+    )
+    with pytest.raises(
+        ValueError, match=r"packed mask of 'decoder/.*SparsityConfig.pack_masks=False"
+    ):
+        init._check_masks_divide()
+
+
+@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_masks_are_the_same_on_every_mesh(data, model):
+    """From the same weights and gradients, bit for bit; each mask is sharded as its weight."""
+
+    def updated(data, model):
+        init, _, partitioner = rig.initializer(
+            rig.rigl(), partitioner=rig.MeshPartitioner(data, model)
+        )
+        state = init.from_scratch(jax.random.PRNGKey(0))
+        leaves, treedef = jax.tree.flatten(state.params)
+        grads = treedef.unflatten(
+            [
+                np.asarray(jax.random.normal(jax.random.key(i), x.shape, x.dtype))
+                for i, x in enumerate(leaves)
+            ]
+        )
+        from t5x_sparsity.plugin.optimizer import StepKind
+        from t5x_sparsity.plugin.trainer import with_optimizer
+
+        driven = state._optimizer.optimizer_def.for_step(StepKind.UPDATE)
+        axes = with_optimizer(init.train_state_axes, driven)
+        step = partitioner.partition(
+            lambda s, g: s.apply_gradient(g, learning_rate=0.1),
+            in_axis_resources=(axes, axes.params),
+            out_axis_resources=axes,
+        )
+        return step(with_optimizer(state, driven), grads)
+
+    one, many = updated(1, 1), updated(data, model)
+    ours, theirs = mask_bytes(many), mask_bytes(one)
+    for path in theirs:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+    weights = flatten(many.params)
+    split = 0
+    for path, mask in many._optimizer.state.sparsity.masks.items():
+        assert mask.dtype == jnp.uint8 and mask.size * 8 == weights[path].size
+        assert mask.sharding.spec == weights[path].sharding.spec
+        split += mask.sharding.shard_shape(mask.shape) != mask.shape
+    assert bool(split) == (model > 1)
+
+
+def test_runs_agree_on_every_mesh():
+    losses = {}
+    for data, model in ((1, 1), (2, 1), (1, 4), (2, 2)):
+        trainer = rig.trainer(rig.rigl(), partitioner=rig.MeshPartitioner(data, model))
+        losses[data, model] = [float(rig.run(trainer, 1, start=i)["loss"].value) for i in range(6)]
+        trainer.close()
+    for mesh, values in losses.items():
+        np.testing.assert_allclose(values, losses[1, 1], rtol=2e-3, err_msg=str(mesh))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_no_weight_moves_between_devices(optimizer):
+    """The compiled steps gather what the dense step gathers, and sort nothing."""
+    partitioner = rig.MeshPartitioner(1, 4)
+
+    def compiled(step, state):
+        return step.lower(state, rig.batch()).compile().as_text()
+
+    dense = rig.trainer(None, optimizer, partitioner)
+    base = compiled(dense._partitioned_train_step, dense.train_state)
+    sparse = rig.trainer(rig.rigl(), optimizer, partitioner)
+    for name, step in sparse.train_step_variants().items():
+        text = compiled(step, sparse.train_state)
+        assert len(COLLECTIVE.findall(text)) <= len(COLLECTIVE.findall(base)), name
+        assert not re.search(r" sort\(", text), name
+    dense.close()
+    sparse.close()
+
+
+def test_plain_step_does_nothing_but_mask(trainer):
+    """No loop of a search, and no more all-reduces than the dense step has."""
+    text = trainer.train_step_variants()["plain"].lower(trainer.train_state, rig.batch())
+    assert "while" not in text.as_text()
+
+
+def test_axes_of_the_state_are_replicated_or_named(trainer):
+    axes = trainer._train_state_axes
+    assert axes._optimizer.state.step == PartitionSpec()
+    assert axes._optimizer.state.sparsity.rng == PartitionSpec()
