@@ -28,8 +28,9 @@ class Pattern(Protocol):
     def validate(self, shape: Sequence[int]) -> None:
         """Raises ValueError, without naming the weight, if a slice can't take this pattern."""
 
-    def level(self, sparsity: float) -> float:
-        """The sparsity that a request for `sparsity` means under this pattern, in [0, 1]."""
+    @property
+    def fixed_level(self) -> float | None:
+        """The sparsity that the pattern itself sets, in [0, 1]; None where it takes any."""
 
     def kept(self, shape: Sequence[int], sparsity: float) -> int:
         """Weights of a slice that are kept at `sparsity`."""
@@ -46,8 +47,9 @@ class Unstructured:
     def validate(self, shape: Sequence[int]) -> None:
         del shape
 
-    def level(self, sparsity: float) -> float:
-        return sparsity
+    @property
+    def fixed_level(self) -> None:
+        return None
 
     def kept(self, shape: Sequence[int], sparsity: float) -> int:
         """max(1, round(N (1 - s))); none only where s is exactly 1."""
@@ -87,8 +89,8 @@ class NByM:
                 f"has {shape[self.axis]} of shape {tuple(shape)}; choose another axis or m"
             )
 
-    def level(self, sparsity: float) -> float:
-        del sparsity
+    @property
+    def fixed_level(self) -> float:
         return 1 - self.n / self.m
 
     def kept(self, shape: Sequence[int], sparsity: float) -> int:

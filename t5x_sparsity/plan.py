@@ -35,7 +35,8 @@ class Rule:
       path: regular expression, searched for in a weight's path, e.g. 'encoder/.*/mlp/'.
       sparsity: the weights' own level in [0, 1], outside the shared budget; None leaves them dense;
         'auto' is 1 - sqrt(1 - SPARSITY), the level of embeddings; 'shared' puts them in the budget.
-      pattern: the shape their zeros come in; None takes the run's pattern.
+      pattern: the shape their zeros come in; None takes the run's pattern. A pattern of a fixed
+        level, such as 2:4, has that level and stays outside the budget.
     """
 
     path: str
@@ -197,11 +198,14 @@ def make_plan(
             own_pattern.validate(layer.slice_shape)
         except ValueError as e:
             raise ValueError(f"weight {path!r}: {e}, or leave this weight out by a rule") from e
+        if own_pattern.fixed_level is not None:
+            level = own_pattern.fixed_level
+        elif level == AUTO:
+            level = 1 - math.sqrt(1 - sparsity)
         if level == "shared":
             shared[path] = layer
         else:
-            level = 1 - math.sqrt(1 - sparsity) if level == AUTO else float(level)
-            layers[path] = dataclasses.replace(layer, sparsity=own_pattern.level(level))
+            layers[path] = dataclasses.replace(layer, sparsity=float(level))
     levels = distributions.distribute(
         distribution,
         {p: x.slice_shape for p, x in shared.items()},
@@ -209,7 +213,7 @@ def make_plan(
         {p: x.slices for p, x in shared.items()},
     )
     for path, layer in shared.items():
-        layers[path] = dataclasses.replace(layer, sparsity=layer.pattern.level(levels[path]))
+        layers[path] = dataclasses.replace(layer, sparsity=levels[path])
     return {path: layers[path] for path in sorted(layers)}
 
 

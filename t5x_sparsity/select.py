@@ -241,7 +241,7 @@ def _search(digits, needs: Count, active, layout: _Layout):
         masked = [jnp.where(a, d, jnp.uint16(0)) for a, d in zip(active, level, strict=True)]
 
         def raise_bit(i, thresholds, masked=masked, needs=needs):
-            bit = (jnp.uint32(1 << (_DIGIT_BITS - 1)) >> jnp.asarray(i, jnp.uint32)).astype(jnp.uint16)
+            bit = jnp.uint16(1 << (_DIGIT_BITS - 1)) >> jnp.asarray(i, jnp.uint16)
             candidates = thresholds | bit
             counts = layout.count(
                 [d >= c for d, c in zip(masked, layout.spread(candidates), strict=True)]

@@ -126,7 +126,7 @@ class SparseOptimizer(host.OptimizerDef):
                 weights=weights,
                 grads=flat_grads,
             )
-            slots = zero_slots(slots, grown)
+            slots = zero_slots(slots, grown, weights)
             for path, mask in alive.items():
                 weights[path] = jnp.where(mask, weights[path], jnp.zeros((), weights[path].dtype))
         else:

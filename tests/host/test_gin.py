@@ -8,7 +8,6 @@ import gin
 import pytest
 
 import t5x_sparsity as ts
-from t5x_sparsity import host
 from t5x_sparsity.plugin import SparseTrainStateInitializer, sparse_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
