@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -139,6 +139,7 @@ class Choice(NamedTuple):
       stack_axes: axes along which slices are chosen apart.
       where: bool, the weight's shape; only these may be chosen. None: all.
       keep: bool, the weight's shape; these are kept in any case, and count towards k.
+      alike: equal for weights that are sharded alike, which may then be searched as one stack.
     """
 
     pattern: Pattern
@@ -147,6 +148,7 @@ class Choice(NamedTuple):
     stack_axes: tuple[int, ...] = ()
     where: jax.Array | None = None
     keep: jax.Array | None = None
+    alike: Hashable | None = None
 
 
 def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
@@ -166,6 +168,7 @@ def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
             [k for k, _ in asked],
             where=[where for _, where in asked],
             stack_axes=[choices[p].stack_axes for p in search],
+            alike=[choices[p].alike for p in search],
         )
         for path, mask in zip(search, found, strict=True):
             keep = choices[path].keep

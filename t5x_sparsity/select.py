@@ -16,7 +16,7 @@ Masks are True where a score is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -101,23 +101,62 @@ def top_k_masks(
     *,
     where: Sequence[jax.Array | None] | None = None,
     stack_axes: Sequence[Sequence[int]] | None = None,
+    alike: Sequence[Hashable | None] | None = None,
 ) -> list[jax.Array]:
-    """`top_k_mask` of several tensors in one search: they share every pass, not their threshold."""
-    scores = list(scores)
-    where = [None] * len(scores) if where is None else list(where)
-    stack_axes = [()] * len(scores) if stack_axes is None else list(stack_axes)
-    numbers = list(k)
+    """`top_k_mask` of several tensors in one search: they share every pass, not their threshold.
+
+    Args:
+      scores: the tensors.
+      k: for each, how many to keep.
+      where: for each, its candidates, or None for all.
+      stack_axes: for each, the axes along which its selections are independent.
+      alike: for each, what tells how it is sharded, such as its logical axes. Tensors that are
+        alike, of one shape and dtype, are searched as one stack, which keeps the compiled program
+        small however many layers a model has. None: a tensor is searched by itself, since a stack
+        of tensors that are sharded differently would move them.
+
+    Returns:
+      For each, its mask: bool, the tensor's shape.
+    """
+    where = [None] * len(scores) if where is None else where
+    stack_axes = [()] * len(scores) if stack_axes is None else stack_axes
+    alike = [None] * len(scores) if alike is None else alike
+    stacks: dict[Hashable, list[int]] = {}
+    for i, (s, w, axes, kind) in enumerate(zip(scores, where, stack_axes, alike, strict=True)):
+        key = i if kind is None else (kind, s.shape, s.dtype.name, tuple(axes), w is None)
+        stacks.setdefault(key, []).append(i)
+
     masks: dict[int, jax.Array] = {}
     for wide in (True, False):  # tensors of one key width share a search
-        group = [i for i, s in enumerate(scores) if (s.dtype == jnp.float32) == wide]
-        if group:
-            layout = _Layout(
-                [scores[i].shape for i in group], [stack_axes[i] for i in group], joint=False
-            )
-            needs = layout.gather([Count.of(numbers[i]) for i in group])
-            found = _select([scores[i] for i in group], needs, [where[i] for i in group], layout)
-            masks.update(zip(group, found, strict=True))
+        members = [m for m in stacks.values() if (scores[m[0]].dtype == jnp.float32) == wide]
+        if not members:
+            continue
+        shapes = [(len(m), *scores[m[0]].shape) for m in members]
+        slices = [(0, *(a % scores[m[0]].ndim + 1 for a in stack_axes[m[0]])) for m in members]
+        layout = _Layout(shapes, slices, joint=False)
+        needs = layout.gather(
+            [
+                Count(*(jnp.stack(c) for c in zip(*numbers, strict=True)))
+                for numbers in (
+                    [_per_slice(k[i], scores[i].shape, stack_axes[i]) for i in m] for m in members
+                )
+            ]
+        )
+        found = _select(
+            [jnp.stack([scores[i] for i in m]) for m in members],
+            needs,
+            [None if where[m[0]] is None else jnp.stack([where[i] for i in m]) for m in members],
+            layout,
+        )
+        for m, stack in zip(members, found, strict=True):
+            masks.update((i, stack[position]) for position, i in enumerate(m))
     return [masks[i] for i in range(len(scores))]
+
+
+def _per_slice(k: int | jax.Array, shape: Sequence[int], stack_axes: Sequence[int]) -> Count:
+    """k as one number a slice of a tensor, in the shape of its stacked dims."""
+    stacked = tuple(shape[a] for a in sorted(a % len(shape) for a in stack_axes))
+    return Count(*(jnp.broadcast_to(c, stacked) for c in Count.of(k)))
 
 
 def joint_top_k_masks(
@@ -167,10 +206,11 @@ class _Layout:
         ]
         self.sizes = [math.prod(s) for s in self.stacked]
         for shape, axes in zip(shapes, self.reduced, strict=True):
-            if math.prod(shape[a] for a in axes) >= 1 << 31:
+            selected = tuple(shape[a] for a in axes)
+            if math.prod(selected) >= 1 << 31:
                 raise ValueError(
-                    f"one selection over a tensor of shape {tuple(shape)} spans 2**31 weights or "
-                    "more; split the tensor or name its stacked axes"
+                    f"one selection over shape {selected} spans 2**31 weights or more; split the "
+                    "tensor or name its stacked axes"
                 )
 
     def gather(self, numbers: Sequence[Count]) -> Count:

@@ -3,8 +3,10 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# unoptimized code: the tests compile much and run little
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -107,6 +107,7 @@ def choose(
                 stack_axes=layer.stack_axes,
                 where=None if where is None else where[path],
                 keep=None if keep is None else keep[path],
+                alike=layer.axes,
             )
             for path, layer in plan.items()
         }

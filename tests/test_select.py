@@ -1,0 +1,417 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from meshes import assert_moves_no_weight, collectives, mesh, put, quick_jit
+
+from t5x_sparsity import select
+from t5x_sparsity.select import Count, joint_top_k_masks, top_k_mask, top_k_masks
+
+DTYPES = {
+    "float32": (np.float32, np.uint32),
+    "bfloat16": (ml_dtypes.bfloat16, np.uint16),
+    "float16": (np.float16, np.uint16),
+}
+# bits of 0.0, -0.0, 1.0, -1.0, the infinities, NaN of both signs, quiet and signalling, and
+# subnormals, the smallest first
+POOL = {
+    "float32": [
+        *(0x00000000, 0x80000000, 0x3F800000, 0xBF800000, 0x7F800000, 0xFF800000),
+        *(0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF),
+        *(0x00000001, 0x80000001, 0x007FFFFF, 0x807FFFFF, 0x00000002, 0x3F800001),
+    ],
+    "bfloat16": [
+        *(0x0000, 0x8000, 0x3F80, 0xBF80, 0x7F80, 0xFF80),
+        *(0x7FC0, 0xFFC0, 0x7F81, 0xFF81, 0x7FFF, 0xFFFF),
+        *(0x0001, 0x8001, 0x007F, 0x807F, 0x0002, 0x3F81),
+    ],
+    "float16": [
+        *(0x0000, 0x8000, 0x3C00, 0xBC00, 0x7C00, 0xFC00),
+        *(0x7E00, 0xFE00, 0x7C01, 0xFC01, 0x7FFF, 0xFFFF),
+        *(0x0001, 0x8001, 0x03FF, 0x83FF, 0x0002, 0x3C01),
+    ],
+}
+
+
+def as_float64(scores):
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return np.asarray(scores).astype(np.float64)
+
+
+def order(scores, where):
+    """Flat indices, the first to be kept first: a stable sort, NaN last of the candidates."""
+    values = as_float64(scores).reshape(-1)
+    nan = np.isnan(values)
+    barred = ~np.asarray(where).reshape(-1)
+    return np.lexsort((np.where(nan, 0, -values), nan, barred))
+
+
+def oracle(scores, k, where=None, stack_axes=()):
+    """The mask of the k largest of every slice, by sorting."""
+    scores = np.asarray(scores)
+    where = np.ones(scores.shape, bool) if where is None else np.asarray(where)
+    stacked = tuple(scores.shape[a] for a in stack_axes)
+    k = np.broadcast_to(np.asarray(k), stacked)
+    mask = np.zeros(scores.shape, bool)
+    for at in np.ndindex(*stacked):
+        index = [slice(None)] * scores.ndim
+        for axis, i in zip(stack_axes, at, strict=True):
+            index[axis] = i
+        index = tuple(index)
+        part = np.zeros(scores[index].size, bool)
+        part[order(scores[index], where[index])[: k[at]]] = True
+        mask[index] = part.reshape(scores[index].shape) & where[index]
+    return mask
+
+
+def random_scores(rng, shape, dtype="float32", ties=True):
+    """Scores with every special value in them, and many ties."""
+    float_type, uint = DTYPES[dtype]
+    bits = rng.integers(0, np.iinfo(uint).max, shape, dtype=uint, endpoint=True)
+    if ties:
+        special = np.array(POOL[dtype], uint)[rng.integers(0, len(POOL[dtype]), shape)]
+        bits = np.where(rng.random(shape) < 0.7, special, bits)
+    return bits.view(float_type)
+
+
+@st.composite
+def score_arrays(draw, shape, dtype):
+    float_type, uint = DTYPES[dtype]
+    size = int(np.prod(shape))
+    if draw(st.booleans()):
+        places = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8)
+        bits = np.array(POOL[dtype], uint)[places % len(POOL[dtype])]
+    else:
+        length = size * np.dtype(uint).itemsize
+        bits = np.frombuffer(draw(st.binary(min_size=length, max_size=length)), uint)
+    return bits.view(float_type).reshape(shape)
+
+
+@functools.cache
+def compiled(stack_axes):
+    return quick_jit(
+        lambda scores, k, where: top_k_mask(scores, k, where=where, stack_axes=stack_axes)
+    )
+
+
+def kept(scores, k, where=None, stack_axes=()):
+    scores = np.asarray(scores)
+    where = np.ones(scores.shape, bool) if where is None else where
+    return np.asarray(compiled(tuple(stack_axes))(scores, np.asarray(k, np.int32), where))
+
+
+CASES = [
+    ((11,), ()),
+    ((4, 6), ()),
+    ((3, 7), (0,)),
+    ((5, 2, 3), (1,)),
+    ((2, 3, 4), (0, 2)),
+    ((2, 3, 2, 2), (1, 2)),
+    ((3, 2, 2, 2), ()),
+    ((2, 3), (0, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    "shape,stack_axes,dtype",
+    [(*case, "float32") for case in CASES]
+    + [(*case, dtype) for case in CASES[1:4] for dtype in ("bfloat16", "float16")],
+)
+def test_equals_a_stable_sort(shape, stack_axes, dtype):
+    stacked = tuple(shape[a] for a in stack_axes)
+    size = int(np.prod(shape)) // int(np.prod(stacked, initial=1))
+
+    @given(st.data())
+    @settings(max_examples=25)
+    def check(data):
+        scores = data.draw(score_arrays(shape, dtype))
+        flags = data.draw(st.binary(min_size=scores.size, max_size=scores.size))
+        share = data.draw(st.sampled_from([0, 128, 255]))
+        where = (np.frombuffer(flags, np.uint8) >= share).reshape(shape) | (share == 0)
+        number = int(np.prod(stacked, initial=1))
+        k = data.draw(st.lists(st.integers(0, size + 2), min_size=number, max_size=number))
+        k = np.array(k, np.int32).reshape(stacked)
+        mask = kept(scores, k, where, stack_axes)
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, oracle(scores, k, where, stack_axes))
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_k(dtype):
+    scores = random_scores(np.random.default_rng(3), (5, 8), dtype)
+    for k in range(43):
+        np.testing.assert_array_equal(kept(scores, k), oracle(scores, k))
+
+
+def test_by_hand():
+    scores = np.array([[0.0, 3.0, -0.0], [3.0, -np.inf, np.nan]], np.float32)
+    masks = [
+        [[0, 0, 0], [0, 0, 0]],
+        [[0, 1, 0], [0, 0, 0]],
+        [[0, 1, 0], [1, 0, 0]],
+        [[1, 1, 0], [1, 0, 0]],
+        [[1, 1, 1], [1, 0, 0]],
+        [[1, 1, 1], [1, 1, 0]],
+        [[1, 1, 1], [1, 1, 1]],
+        [[1, 1, 1], [1, 1, 1]],
+    ]
+    for k, mask in enumerate(masks):
+        np.testing.assert_array_equal(kept(scores, k), np.array(mask, bool))
+
+
+def test_indices_past_16_bits_settle_ties():
+    scores = np.zeros((3, 70_000), np.float32)
+    scores[1, 5] = 1
+    k = 65_536 + 70_001
+    np.testing.assert_array_equal(kept(scores, k), oracle(scores, k))
+
+
+@pytest.mark.parametrize("size", [65_535, 65_536, 65_537])
+def test_ties_around_a_digit_of_the_index(size):
+    scores = np.ones(size, np.float32)
+    for k in (1, size - 1, size):
+        mask = kept(scores, k)
+        assert mask[:k].all() and not mask[k:].any()
+
+
+def test_one_k_serves_all_slices_and_axes_count_from_the_end():
+    scores = random_scores(np.random.default_rng(5), (3, 4, 5))
+    for axes in [(0,), (-3,), (2, 0), (-1, -3)]:
+        positive = tuple(sorted(a % 3 for a in axes))
+        np.testing.assert_array_equal(
+            kept(scores, 2, stack_axes=axes), oracle(scores, 2, None, positive)
+        )
+
+
+def test_a_number_per_slice_follows_the_order_of_the_axes():
+    scores = random_scores(np.random.default_rng(6), (2, 5, 3))
+    k = np.arange(6, dtype=np.int32).reshape(2, 3)
+    np.testing.assert_array_equal(
+        kept(scores, k, stack_axes=(0, 2)), oracle(scores, k, None, (0, 2))
+    )
+
+
+@pytest.mark.parametrize("k_dtype", [np.int8, np.uint8, np.int32, np.uint32])
+def test_k_of_any_integer_dtype(k_dtype):
+    scores = random_scores(np.random.default_rng(7), (20, 10))
+    mask = quick_jit(top_k_mask)(scores, k_dtype(120))
+    np.testing.assert_array_equal(mask, oracle(scores, 120))
+
+
+def test_odd_shapes():
+    assert kept(np.float32(3.0), 1).shape == ()
+    assert kept(np.float32(np.nan), 1)
+    assert not kept(np.float32(3.0), 0)
+    assert kept(np.zeros((0, 4), np.float32), 2).shape == (0, 4)
+    assert top_k_masks([], []) == []
+    assert joint_top_k_masks([], 3) == []
+
+
+def test_several_tensors_in_one_search_do_not_mix():
+    rng = np.random.default_rng(8)
+    scores = [
+        random_scores(rng, (4, 6), "float32"),
+        random_scores(rng, (3, 5), "bfloat16"),
+        random_scores(rng, (2, 7, 3), "float32"),
+        random_scores(rng, (9,), "float16"),
+        random_scores(rng, (4, 4), "bfloat16"),
+    ]
+    axes = [(), (0,), (1,), (), ()]
+    where = [None, rng.random((3, 5)) < 0.6, None, rng.random(9) < 0.6, None]
+    k = [7, np.array([0, 2, 5], np.int32), 3, 4, 40]
+    run = quick_jit(lambda s, n, w: top_k_masks(s, n, where=w, stack_axes=axes))
+    for found, s, n, w, a in zip(run(scores, k, where), scores, k, where, axes, strict=True):
+        np.testing.assert_array_equal(found, oracle(s, n, w, a))
+
+
+def joint_oracle(scores, k, where):
+    flat = np.concatenate([as_float64(s).reshape(-1) for s in scores])
+    free = np.concatenate(
+        [
+            np.ones(s.size, bool) if w is None else np.asarray(w).reshape(-1)
+            for s, w in zip(scores, where, strict=True)
+        ]
+    )
+    mask = oracle(flat, min(k, flat.size), free)
+    ends = np.cumsum([s.size for s in scores])
+    return [m.reshape(s.shape) for m, s in zip(np.split(mask, ends[:-1]), scores, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float32", "float32", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", "float16"),
+    ],
+)
+def test_joint_search(dtypes):
+    shapes = [(3, 5), (7,), (2, 2, 4)]
+    run = quick_jit(lambda s, n, w: joint_top_k_masks(s, n, where=[w, None, None]))
+
+    @given(st.data())
+    def check(data):
+        scores = [data.draw(score_arrays(s, d)) for s, d in zip(shapes, dtypes, strict=True)]
+        where = np.array(data.draw(st.lists(st.booleans(), min_size=15, max_size=15)))
+        where = where.reshape(3, 5)
+        k = data.draw(st.integers(0, 40))
+        found = run(scores, np.int32(k), where)
+        for mask, expected in zip(found, joint_oracle(scores, k, [where, None, None]), strict=True):
+            np.testing.assert_array_equal(mask, expected)
+
+    check()
+
+
+def test_joint_ties_go_to_the_earlier_tensor():
+    run = quick_jit(joint_top_k_masks)
+    masks = run([jnp.zeros(3), jnp.ones(2), jnp.zeros(4)], 6)
+    assert [m.tolist() for m in masks] == [
+        [True] * 3,
+        [True] * 2,
+        [True, False, False, False],
+    ]
+
+
+def test_joint_k_past_31_bits():
+    run = quick_jit(lambda k: joint_top_k_masks([jnp.zeros(3), jnp.ones((2, 2))], k))
+    for k in (5 * 2**31, 2**40):
+        assert all(bool(m.all()) for m in run(Count.of(k)))
+    assert [int(m.sum()) for m in run(Count.of(5))] == [1, 4]
+    found = quick_jit(lambda s: joint_top_k_masks(s, 5 * 2**31))([jnp.zeros(3), jnp.ones(2)])
+    assert all(bool(m.all()) for m in found)
+
+
+# ---- counts
+
+
+def value_of(count):
+    return (np.asarray(count.high).astype(object) << 16) + np.asarray(count.low).astype(object)
+
+
+EDGES = [0, 1, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 + 5, 2**46, 2**47 - 1]
+
+
+@given(st.integers(0, 2**46), st.integers(0, 2**46))
+@example(2**31, 2**31)
+@example(2**16 - 1, 1)
+def test_counts_are_python_integers(a, b):
+    low, high = sorted((a, b))
+    x, y = Count.of(high), Count.of(low)
+    assert value_of(x) == high and value_of(y) == low
+    assert value_of(x + y) == high + low
+    assert value_of(x - y) == high - low
+    assert bool(x.reaches(y)) and bool(y.reaches(x)) == (low == high)
+
+
+def test_counts_at_the_edges():
+    for value in EDGES:
+        count = Count.of(value)
+        assert value_of(count) == value
+        assert 0 <= int(count.low) < 2**16
+        assert Count.of(count) is count
+        if value < 2**47 - 1:
+            assert value_of(count + Count.of(1)) == value + 1
+            assert not bool(count.reaches(count + Count.of(1)))
+        if value:
+            assert value_of(count - Count.of(1)) == value - 1
+    arrays = Count.of(jnp.array([0, 2**16, 2**31 - 1], jnp.int32))
+    assert value_of(arrays).tolist() == [0, 2**16, 2**31 - 1]
+    total = sum([Count.of(2**31 - 1)] * 6, Count.of(0))
+    assert value_of(total) == 6 * (2**31 - 1)
+
+
+# ---- errors
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="float32, bfloat16, float16, got int32; cast them"):
+        top_k_mask(jnp.ones(4, jnp.int32), 2)
+    with pytest.raises(TypeError, match="got float8_e4m3fn"):
+        joint_top_k_masks([jnp.ones(4, jnp.float8_e4m3fn)], 2)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        top_k_mask(jnp.ones(4), -1)
+    with pytest.raises(TypeError, match="must be an integer, got float32"):
+        top_k_mask(jnp.ones(4), jnp.float32(2))
+    huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"shape \(65536, 32768\) spans 2\*\*31 weights or more"):
+        jax.eval_shape(lambda s: top_k_mask(s, 5), huge)
+    sliced = jax.eval_shape(lambda s: top_k_mask(s, 5, stack_axes=(0,)), huge)
+    assert sliced.shape == huge.shape
+
+
+# ---- meshes
+
+SHARDED = {
+    "rows": (("x",), (None, "x", None), ("x", None)),
+    "columns": ((None, "y"), (None, None, "y"), (None, ("x", "y"))),
+    "both and stacked": (("x", "y"), ("x", None, "y"), (("x", "y"),)),
+}
+
+
+@functools.cache
+def mesh_case():
+    rng = np.random.default_rng(11)
+    scores = (
+        random_scores(rng, (64, 48)),
+        random_scores(rng, (4, 16, 40)),
+        random_scores(rng, (32, 64), "bfloat16"),
+    )
+    where = rng.random((64, 48)) < 0.7
+    k = (np.int32(600), np.array([0, 17, 640, 200], np.int32), np.int32(1024))
+    masks = (
+        oracle(scores[0], k[0], where),
+        oracle(scores[1], k[1], None, (0,)),
+        oracle(scores[2], k[2]),
+        *joint_oracle(scores[:2], 2000, [where, None]),
+    )
+    return scores, where, k, masks
+
+
+@jax.jit
+def on_mesh(scores, where, k):
+    apart = top_k_masks(scores, k, where=[where, None, None], stack_axes=[(), (0,), ()])
+    together = joint_top_k_masks(scores[:2], 2000, where=[where, None])
+    return *apart, *together
+
+
+@pytest.mark.parametrize("specs", SHARDED)
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (2, 4)], ids=str)
+def test_the_same_bit_for_bit_on_meshes_and_nothing_moves(shape, specs):
+    scores, where, k, masks = mesh_case()
+    devices = mesh(*shape)
+    layout = SHARDED[specs]
+    placed = tuple(put(devices, s, *spec) for s, spec in zip(scores, layout, strict=True))
+    args = placed, put(devices, where, *layout[0]), k
+    program = on_mesh.lower(*args).compile()
+    for found, expected in zip(program(*args), masks, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    text = program.as_text()
+    # the numbers of one slice a tensor and of four, at most, in one vector
+    assert_moves_no_weight(text, largest=6, gathers=specs == "both and stacked")
+    if specs == "rows" or shape != (2, 1):
+        assert collectives(text, "all-reduce")  # the check has seen the search
+
+
+def test_on_one_device_there_is_no_sort():
+    scores, where, k, masks = mesh_case()
+    program = on_mesh.lower(scores, where, k).compile()
+    for found, expected in zip(program(scores, where, k), masks, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert_moves_no_weight(program.as_text(), largest=0)
+
+
+def test_strict_promotion_and_any_float_order():
+    with jax.numpy_dtype_promotion("strict"):
+        scores = random_scores(np.random.default_rng(13), (6, 6))
+        np.testing.assert_array_equal(quick_jit(top_k_mask)(scores, 9), oracle(scores, 9))
+    digits = select.score_digits(jnp.array([jnp.nan, -jnp.inf, -1.0, -0.0, 0.0, 1e-45, 1.0]))
+    keys = (np.asarray(digits[0]).astype(np.int64) << 16) + np.asarray(digits[1])
+    assert keys[3] == keys[4]
+    assert (np.diff(keys)[[0, 1, 2, 4, 5]] > 0).all()
