@@ -40,7 +40,7 @@ OPTIMIZERS = {
 
 
 def model(optimizer_def, layers=1):
-    """A T5 1.1 of width 16."""
+    """A T5 1.1 of width 64."""
     config = host.network.T5Config(
         vocab_size=VOCAB,
         dtype="float32",
@@ -103,14 +103,12 @@ def initializer(config, optimizer="adamw", partitioner=None):
     return made, net, partitioner
 
 
-def trainer(config, optimizer="adamw", partitioner=None, state=None, seed=0, **kwargs):
-    """A trainer over a fresh train state, or the one given."""
+def trainer_arguments(config, optimizer="adamw", partitioner=None, state=None, seed=0, **kwargs):
+    """What train() would pass to a trainer, with a fresh train state or the one given."""
     init, net, partitioner = initializer(config, optimizer, partitioner)
-    if state is None:
-        state = init.from_scratch(jax.random.PRNGKey(seed))
     arguments = dict(
         model=net,
-        train_state=state,
+        train_state=init.from_scratch(jax.random.PRNGKey(seed)) if state is None else state,
         partitioner=partitioner,
         eval_names=[],
         summary_dir=None,
@@ -119,10 +117,13 @@ def trainer(config, optimizer="adamw", partitioner=None, state=None, seed=0, **k
         learning_rate_fn=lambda step: 1e-2,
         num_microbatches=None,
     )
-    arguments |= kwargs
-    if config is None:
-        return host.Trainer(**arguments)
-    return sparse_trainer(host.Trainer, **arguments)
+    return arguments | kwargs
+
+
+def trainer(config, *args, base=host.Trainer, **kwargs):
+    """A sparse trainer over `base`; the host's own, dense, where config is None."""
+    arguments = trainer_arguments(config, *args, **kwargs)
+    return base(**arguments) if config is None else sparse_trainer(base, **arguments)
 
 
 def run(trainer, steps, start=0):
