@@ -1,6 +1,6 @@
 """Trains every method on the standard library's text and prints the README's table.
 
-    python benchmarks/methods.py --sparsity=0.9 --steps=1500 --seeds=3
+    python benchmarks/methods.py --sparsity=0.9 --steps=5000 --seeds=3
 
 Each run is a process of its own, `python -m t5x_sparsity.train` with the method's gin file. A seed
 sets the weights, the order of the data and the masks. Results are kept in --out, a JSON file, and a
@@ -24,7 +24,7 @@ METHODS = ("dense", "magnitude", "rigl", "set", "static")
 MOVING = ("magnitude", "rigl", "set")
 
 _SPARSITY = flags.DEFINE_float("sparsity", 0.9, "Sparsity of all methods but dense.")
-_STEPS = flags.DEFINE_integer("steps", 1500, "Train steps of a run.")
+_STEPS = flags.DEFINE_integer("steps", 5000, "Train steps of a run.")
 _PERIOD = flags.DEFINE_integer("period", 100, "Steps from one mask update to the next.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds a method.")
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Gin files of gin/sparsity to run.")
