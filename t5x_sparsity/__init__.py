@@ -4,32 +4,88 @@ from __future__ import annotations
 
 import importlib
 
-from t5x_sparsity.algorithms import SET, Dense, Magnitude, RigL, Static
+from t5x_sparsity.algorithms import (
+    ACDC,
+    MEST,
+    SET,
+    SNFS,
+    SRSTE,
+    AdamFisher,
+    Algorithm,
+    DecayingMask,
+    Dense,
+    GlobalMagnitude,
+    GlobalSaliency,
+    GraNet,
+    IterativeNM,
+    Magnitude,
+    MagnitudeSTE,
+    RandomPruning,
+    RandomSTE,
+    RigL,
+    Saliency,
+    SRigL,
+    Static,
+    StructureDecay,
+    TopKAST,
+)
+from t5x_sparsity.core import SparsityConfig
 from t5x_sparsity.metrics import sparsity_summary
-from t5x_sparsity.patterns import NByM, Unstructured
+from t5x_sparsity.patterns import Block, Channel, ConstantFanIn, NByM, Unstructured
 from t5x_sparsity.plan import Rule
-from t5x_sparsity.schedules import Constant, Cosine, Listed, Never, OneShot, Periodic, Polynomial
-from t5x_sparsity.sparsify import SparsityConfig, apply_masks, sparsify
+from t5x_sparsity.schedules import (
+    Constant,
+    Cosine,
+    Exponential,
+    Listed,
+    Never,
+    OneShot,
+    Periodic,
+    Polynomial,
+)
+from t5x_sparsity.sparsify import apply_masks, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
+    "AdamFisher",
+    "Algorithm",
+    "Block",
+    "Channel",
     "Constant",
+    "ConstantFanIn",
     "Cosine",
+    "DecayingMask",
     "Dense",
+    "Exponential",
+    "GlobalMagnitude",
+    "GlobalSaliency",
+    "GraNet",
+    "IterativeNM",
     "Listed",
+    "MEST",
     "Magnitude",
+    "MagnitudeSTE",
     "NByM",
     "Never",
     "OneShot",
     "Periodic",
     "Polynomial",
+    "RandomPruning",
+    "RandomSTE",
     "RigL",
     "Rule",
     "SET",
+    "SNFS",
+    "SRSTE",
+    "SRigL",
+    "Saliency",
     "SparseTrainStateInitializer",
     "SparsityConfig",
     "Static",
+    "StructureDecay",
+    "TopKAST",
     "Unstructured",
     "apply_masks",
     "host",

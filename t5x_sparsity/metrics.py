@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from t5x_sparsity.core import flatten
 from t5x_sparsity.plan import Plan
-from t5x_sparsity.sparsify import find_state, flatten
+from t5x_sparsity.sparsify import find_state
 
 TOTAL = "total"
 
@@ -25,7 +26,7 @@ class LayerSummary(NamedTuple):
       shape: of the weight, () for the total.
       size: weights in all.
       kept: weights not pruned.
-      target: sparsity asked for, None where unknown.
+      target: sparsity asked for, None where unknown, or where only the total has one.
     """
 
     path: str
@@ -89,15 +90,19 @@ def summarize(
             shape=tuple(shapes[p]),
             size=math.prod(shapes[p]),
             kept=kept[p],
-            target=plan[p].sparsity if plan else None,
+            target=plan[p].sparsity if plan and not _is_global(plan[p]) else None,
         )
         for p in sorted(kept)
     ]
     size = sum(r.size for r in rows)
     target = None
     if plan and size:
-        target = 1 - sum(plan[r.path].kept * plan[r.path].slices for r in rows) / size
+        target = sum(plan[r.path].level * r.size for r in rows) / size
     return [*rows, LayerSummary(TOTAL, (), size, sum(r.kept for r in rows), target)]
+
+
+def _is_global(layer) -> bool:
+    return layer.algorithm is not None and layer.algorithm.is_global
 
 
 def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:

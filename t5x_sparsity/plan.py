@@ -6,12 +6,16 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from t5x_sparsity import distributions, masks
 from t5x_sparsity.patterns import Pattern, Unstructured
+
+if TYPE_CHECKING:
+    from t5x_sparsity.algorithms import Algorithm
 
 # Logical names of axes along which a weight is a stack of layers or experts.
 STACKED_AXES = frozenset({"layers", "stack", "expert", "experts"})
@@ -37,19 +41,36 @@ class Rule:
         'auto' is 1 - sqrt(1 - SPARSITY), the level of embeddings; 'shared' puts them in the budget.
       pattern: the shape their zeros come in; None takes the run's pattern. A pattern of a fixed
         level, such as 2:4, has that level and stays outside the budget.
+      algorithm: what decides on their masks, with schedules of its own; None takes the run's.
+      stack_axes: logical names of axes along which slices are sparsified apart, such as 'heads',
+        beside STACKED_AXES.
     """
 
     path: str
     sparsity: float | str | None = "shared"
     pattern: Pattern | None = None
+    algorithm: Algorithm | None = None
+    stack_axes: Sequence[str] = ()
 
     def __post_init__(self):
+        if isinstance(self.stack_axes, str):
+            raise ValueError(
+                f"stack_axes of the rule for {self.path!r} must be a list of logical axis names, "
+                f"got {self.stack_axes!r}; write [{self.stack_axes!r}]"
+            )
+        object.__setattr__(self, "stack_axes", tuple(self.stack_axes))
         try:
             re.compile(self.path)
         except re.error as e:
             raise ValueError(f"rule path {self.path!r} is not a regular expression: {e}") from e
         if self.sparsity not in (None, AUTO, "shared"):
             check_level(self.sparsity, f"sparsity of the rule for {self.path!r}", closed=True)
+            fixed = self.pattern.fixed_level if self.pattern is not None else None
+            if fixed is not None and fixed != self.sparsity:
+                raise ValueError(
+                    f"the rule for {self.path!r} asks for a sparsity of {self.sparsity}, but "
+                    f"{self.pattern} has {fixed} and takes no other; leave the rule's sparsity out"
+                )
 
 
 def check_level(value, name: str, *, closed: bool = False) -> None:
@@ -80,6 +101,7 @@ class LayerPlan:
       pattern: the shape its zeros come in.
       sparsity: target level of every slice, in [0, 1].
       pack_axis: axis its mask is packed along, None for a byte a weight.
+      algorithm: what decides on its mask; None where a plan is used without one.
     """
 
     path: str
@@ -89,6 +111,7 @@ class LayerPlan:
     pattern: Pattern
     sparsity: float
     pack_axis: int | None
+    algorithm: Algorithm | None = None
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -107,9 +130,19 @@ class LayerPlan:
         return math.prod(self.shape[a] for a in self.stack_axes)
 
     @property
+    def units(self) -> int:
+        """Units of a slice: weights, or what the pattern prunes together."""
+        return self.pattern.units(self.slice_shape)
+
+    @property
     def kept(self) -> int:
-        """Weights of a slice that the target level keeps."""
+        """Units of a slice that the target level keeps."""
         return self.pattern.kept(self.slice_shape, self.sparsity)
+
+    @property
+    def level(self) -> float:
+        """The sparsity that `kept` comes to, in [0, 1]."""
+        return 1 - self.kept / self.units
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
@@ -125,6 +158,7 @@ def make_plan(
     sparsity: float,
     distribution: str = "uniform",
     pattern: Pattern | None = None,
+    algorithm: Algorithm | None = None,
     rules: Sequence[Rule] = (),
     embedding_sparsity: float | str | None = None,
     axes: Mapping[str, Sequence[str | None]] | None = None,
@@ -140,6 +174,7 @@ def make_plan(
       sparsity: of all weights in the shared budget together, in [0, 1).
       distribution: how that is shared: 'uniform', 'er', 'erk'.
       pattern: the shape zeros come in, where no rule says otherwise. None: Unstructured.
+      algorithm: what decides on masks, where no rule says otherwise.
       rules: the first that matches a path wins.
       embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
       axes: path -> logical names of the weight's axes; STACKED_AXES among them are stacks.
@@ -168,8 +203,11 @@ def make_plan(
             )
         stack_axes = tuple(a for a, n in enumerate(names or ()) if n in STACKED_AXES)
         rule = matched.get(path)
+        own_algorithm = algorithm
         if rule is not None:
             level, own_pattern = rule.sparsity, rule.pattern or pattern
+            own_algorithm = rule.algorithm or algorithm
+            stack_axes = _rule_stacks(rule, path, names, stack_axes)
         elif len(shape) - len(stack_axes) < 2:
             continue
         elif embedding_sparsity is not None and _is_embedding(path):
@@ -178,7 +216,7 @@ def make_plan(
             continue
         else:
             level, own_pattern = "shared", pattern
-        if level is None:
+        if level is None or getattr(own_algorithm, "is_dense", False):
             continue
         layer = LayerPlan(
             path=path,
@@ -188,6 +226,7 @@ def make_plan(
             pattern=own_pattern,
             sparsity=0.0,
             pack_axis=masks.pack_axis(shape, stack_axes) if pack_masks else None,
+            algorithm=own_algorithm,
         )
         if len(layer.slice_shape) < 2 and not isinstance(own_pattern, Unstructured):
             raise ValueError(
@@ -199,6 +238,12 @@ def make_plan(
         except ValueError as e:
             raise ValueError(f"weight {path!r}: {e}, or leave this weight out by a rule") from e
         if own_pattern.fixed_level is not None:
+            if rule is not None and level not in (AUTO, "shared", own_pattern.fixed_level):
+                raise ValueError(
+                    f"weight {path!r}: its rule asks for a sparsity of {level}, but {own_pattern} "
+                    f"has {own_pattern.fixed_level} and takes no other; leave the rule's sparsity "
+                    "out, or give it another pattern"
+                )
             level = own_pattern.fixed_level
         elif level == AUTO:
             level = 1 - math.sqrt(1 - sparsity)
@@ -215,6 +260,18 @@ def make_plan(
     for path, layer in shared.items():
         layers[path] = dataclasses.replace(layer, sparsity=levels[path])
     return {path: layers[path] for path in sorted(layers)}
+
+
+def _rule_stacks(rule: Rule, path: str, names, stack_axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The stacked axes of a weight with those that its rule names."""
+    missing = [n for n in rule.stack_axes if n not in (names or ())]
+    if missing:
+        raise ValueError(
+            f"the rule for {rule.path!r} stacks along {missing}, but weight {path!r} has the "
+            f"logical axes {names}; name axes that it has"
+        )
+    own = [a for a, n in enumerate(names or ()) if n in rule.stack_axes]
+    return tuple(sorted({*stack_axes, *own}))
 
 
 def _can_be_sparse(x) -> bool:

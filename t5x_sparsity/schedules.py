@@ -25,9 +25,16 @@ class UpdateSchedule(Protocol):
     def progress(self, step):
         """The share of the way from the first update to the last, in [0, 1]; 1 at the last."""
 
+    def until_next(self, step):
+        """Steps from a traced `step` to the next update: 0 at one, 2**30 after the last."""
+
     @property
     def last(self) -> int | None:
         """The step of the last update, None if there is none."""
+
+
+# Steps until an update that never comes.
+_NEVER = np.int32(2**30)
 
 
 def resolve_step(value: int | float, total_steps: int | None, name: str) -> int:
@@ -97,6 +104,10 @@ class Periodic:
     def progress(self, step):
         return _progress(step, self.begin, self.end)
 
+    def until_next(self, step):
+        on_grid = jnp.maximum(-(-(step - self.begin) // self.period), 0) * self.period + self.begin
+        return jnp.where(step <= self.end, jnp.minimum(on_grid, self.end) - step, _NEVER)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneShot:
@@ -117,6 +128,9 @@ class OneShot:
 
     def progress(self, step):
         return _progress(step, self.step, self.step)
+
+    def until_next(self, step):
+        return jnp.where(step <= self.step, self.step - step, _NEVER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +157,10 @@ class Listed:
     def progress(self, step):
         return _progress(step, self.steps[0], self.steps[-1])
 
+    def until_next(self, step):
+        ahead = jnp.asarray(self.steps, jnp.int32) - step
+        return jnp.min(jnp.where(ahead >= 0, ahead, _NEVER))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Never:
@@ -157,6 +175,9 @@ class Never:
 
     def progress(self, step):
         return jnp.float32(1)
+
+    def until_next(self, step):
+        return jnp.full(jnp.shape(step), _NEVER)
 
 
 def _progress(step, begin: int, end: int) -> jax.Array:
@@ -225,6 +246,30 @@ class Cosine:
     def __call__(self, progress: jax.Array) -> jax.Array:
         half = (1 + jnp.cos(np.float32(np.pi) * progress)) / 2
         value = self.final + (self.initial - self.final) * half
+        return jnp.where(progress >= 1, np.float32(self.final), value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """final + (initial - final) exp(-rate progress), and final at progress 1; both in [0, 1].
+
+    rate is above 0; at a rate of 5 the value has come within 1% of final before it is set to it.
+    """
+
+    initial: float = 1.0
+    final: float = 0.0
+    rate: float = 5.0
+
+    def __post_init__(self):
+        _check_share("Exponential.initial", self.initial)
+        _check_share("Exponential.final", self.final)
+        if self.rate <= 0:
+            raise ValueError(f"Exponential.rate must be above 0, got {self.rate}")
+
+    def __call__(self, progress: jax.Array) -> jax.Array:
+        value = self.final + (self.initial - self.final) * jnp.exp(
+            -np.float32(self.rate) * progress
+        )
         return jnp.where(progress >= 1, np.float32(self.final), value)
 
 

@@ -68,6 +68,16 @@ class Count(NamedTuple):
         low = self.low - other.low
         return Count(self.high - other.high + (low >> _DIGIT_BITS), low & _DIGIT_MASK)
 
+    def times(self, factor: int) -> Count:
+        """self * factor, a Python integer below 2**15."""
+        low = self.low * factor
+        return Count(self.high * factor + (low >> _DIGIT_BITS), low & _DIGIT_MASK)
+
+    def sum(self) -> Count:
+        """The total of a vector of fewer than 2**15 counts, as a vector of one."""
+        high = jnp.sum(self.high, keepdims=True)
+        return Count(high, jnp.zeros(1, jnp.int32)) + Count.of(jnp.sum(self.low, keepdims=True))
+
     def reaches(self, other: Count) -> jax.Array:
         """self >= other, elementwise."""
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
@@ -118,6 +128,7 @@ def top_k_masks(
     Returns:
       For each, its mask: bool, the tensor's shape.
     """
+    scores = settled(scores)
     where = [None] * len(scores) if where is None else where
     stack_axes = [()] * len(scores) if stack_axes is None else stack_axes
     alike = [None] * len(scores) if alike is None else alike
@@ -133,7 +144,7 @@ def top_k_masks(
             continue
         shapes = [(len(m), *scores[m[0]].shape) for m in members]
         slices = [(0, *(a % scores[m[0]].ndim + 1 for a in stack_axes[m[0]])) for m in members]
-        layout = _Layout(shapes, slices, joint=False)
+        layout = Layout(shapes, slices, joint=False)
         needs = layout.gather(
             [
                 Count(*(jnp.stack(c) for c in zip(*numbers, strict=True)))
@@ -164,30 +175,58 @@ def joint_top_k_masks(
     k: int | jax.Array | Count,
     *,
     where: Sequence[jax.Array | None] | None = None,
+    sizes: Sequence[jax.Array | int] | None = None,
 ) -> list[jax.Array]:
     """Returns the masks of the k largest scores over all tensors together.
 
     Ties go to the earlier tensor, then to the lower flat index. Tensors of mixed dtypes are
     compared as float32. k may be a `Count` where more than 2**31 weights are spanned.
+
+    Args:
+      scores: the tensors, an entry a unit: a weight, or several that live and die together.
+      k: how many weights to keep.
+      where: for each tensor, its candidates, or None for all.
+      sizes: for each tensor, how many weights its units hold, int32, broadcast against it. None: a
+        weight a unit. The first units that reach k together are kept, so at least k weights are,
+        and fewer than k without the last unit.
     """
-    scores = list(scores)
     if not scores:
         return []
+    scores = settled(scores)
     where = [None] * len(scores) if where is None else list(where)
     if any(s.dtype != scores[0].dtype for s in scores):
         scores = [s.astype(jnp.float32) for s in scores]
-    layout = _Layout([s.shape for s in scores], [()] * len(scores), joint=True)
+    layout = Layout([s.shape for s in scores], [()] * len(scores), joint=True, sizes=sizes)
     return _select(scores, Count(*(c.reshape(1) for c in Count.of(k))), where, layout)
 
 
-class _Layout:
+def settled(scores: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same scores, computed once.
+
+    A compiler may compute what leads to a score again wherever the score is read, and round it
+    differently there, by fused multiply-adds. A search would then not find what it has counted.
+    What a loop returns is read, not computed again; an optimization barrier is gone before XLA
+    fuses.
+    """
+    tops = [jnp.max(s).astype(jnp.float32) for s in scores if s.size]
+    if not tops:  # an empty tensor has no largest score
+        return list(scores)
+    # always a round or two, but nothing that a compiler knows, or the loop would go
+    rounds = jnp.where(jnp.isnan(jnp.max(jnp.stack(tops))), 2, 1)
+    start = [jnp.zeros_like(s) for s in scores]
+    return lax.fori_loop(0, rounds, lambda _, __: list(scores), start)
+
+
+class Layout:
     """Where each tensor's selections stand in the vector of all of them.
 
-    One selection a slice of a tensor; a single one over everything where they are `joint`.
+    One selection a slice of a tensor; a single one over everything where they are `joint`, in
+    which case an entry may count for several weights.
     """
 
-    def __init__(self, shapes, stack_axes, *, joint: bool):
+    def __init__(self, shapes, stack_axes, *, joint: bool, sizes=None):
         self.joint = joint
+        self.unit_sizes = [1] * len(shapes) if sizes is None else list(sizes)
         self.stack_axes = [
             tuple(sorted(a % len(shape) for a in axes))
             for shape, axes in zip(shapes, stack_axes, strict=True)
@@ -234,19 +273,18 @@ class _Layout:
     def count(self, flags: Sequence[jax.Array]) -> Count:
         """How many flags are set in each selection."""
         counts = [
-            jnp.sum(f, axis=axes, dtype=jnp.int32).reshape(-1)
-            for f, axes in zip(flags, self.reduced, strict=True)
+            jnp.sum(
+                f if type(size) is int and size == 1 else jnp.where(f, size, 0),
+                axis=axes,
+                dtype=jnp.int32,
+            ).reshape(-1)
+            for f, axes, size in zip(flags, self.reduced, self.unit_sizes, strict=True)
         ]
         count = Count.of(jnp.concatenate(counts))
-        if not self.joint:
-            return count
-        # fewer than 2**15 tensors: the low halves can't overflow
-        return Count(jnp.sum(count.high, keepdims=True), jnp.zeros(1, jnp.int32)) + Count.of(
-            jnp.sum(count.low, keepdims=True)
-        )
+        return count.sum() if self.joint else count
 
 
-def _select(scores, needs: Count, where, layout: _Layout) -> list[jax.Array]:
+def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
     active = [
         jnp.ones(s.shape, bool) if w is None else w for s, w in zip(scores, where, strict=True)
     ]
@@ -269,7 +307,7 @@ def _select(scores, needs: Count, where, layout: _Layout) -> list[jax.Array]:
     return [(c | t) & w for c, t, w in zip(chosen, ties, wanted, strict=True)]
 
 
-def _search(digits, needs: Count, active, layout: _Layout):
+def _search(digits, needs: Count, active, layout: Layout):
     """Narrows `active` to the entries that equal the k-th largest in every digit.
 
     `digits` holds, for every tensor, its uint16 digits from the most significant on. Returns what

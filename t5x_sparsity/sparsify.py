@@ -1,9 +1,10 @@
-"""The functional core of sparse training, and `sparsify`, which wraps any optax optimizer in it."""
+"""`sparsify`, which wraps any optax optimizer in sparse training."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,186 +13,21 @@ import optax
 from jax import lax
 
 from t5x_sparsity import masks as masks_lib
-from t5x_sparsity.algorithms import Algorithm, Dense, Update
-from t5x_sparsity.distributions import check_distribution
+from t5x_sparsity.algorithms import DENSE, Algorithm
+from t5x_sparsity.core import (
+    SparsityConfig,
+    SparsityState,
+    flatten,
+    init_state,
+    schedules,
+    train_step,
+    unflatten,
+)
 from t5x_sparsity.patterns import Pattern
-from t5x_sparsity.plan import Plan, Rule, check_embedding_level, check_level, make_plan
+from t5x_sparsity.plan import Rule
+from t5x_sparsity.slots import zero_slots
 
 Arrays = Mapping[str, jax.Array]
-
-# Masks must be the same whatever generator the run draws its dropout from.
-_KEY_IMPL = "threefry2x32"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SparsityConfig:
-    """What is sparsified, how far and by which algorithm.
-
-    Attributes:
-      algorithm: decides which weights live.
-      sparsity: of all weights in the shared budget together, in [0, 1).
-      distribution: how that is shared among layers: 'uniform', 'er', 'erk'.
-      pattern: the shape zeros come in, where no rule says otherwise. None: Unstructured.
-      rules: levels and patterns of weights of their own; the first that matches a path wins.
-      embedding_sparsity: level of embeddings, 'auto' for 1 - sqrt(1 - sparsity), None for dense.
-      seed: of the masks' random choices, a non-negative integer.
-      pack_masks: store masks eight weights a byte where a weight's shape allows.
-    """
-
-    algorithm: Algorithm
-    sparsity: float = 0.8
-    distribution: str = "uniform"
-    pattern: Pattern | None = None
-    rules: Sequence[Rule] = ()
-    embedding_sparsity: float | str | None = None
-    seed: int = 0
-    pack_masks: bool = True
-
-    def __post_init__(self):
-        check_level(self.sparsity, "sparsity (SPARSITY)")
-        object.__setattr__(self, "rules", tuple(self.rules))
-        check_distribution(self.distribution)
-        check_embedding_level(self.embedding_sparsity)
-
-    def plan(
-        self, shapes: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]] | None = None
-    ) -> Plan:
-        """The plan of every sparse weight; empty for a dense run. See `make_plan`."""
-        plan = make_plan(
-            shapes,
-            sparsity=self.sparsity,
-            distribution=self.distribution,
-            pattern=self.pattern,
-            rules=self.rules,
-            embedding_sparsity=self.embedding_sparsity,
-            axes=axes,
-            pack_masks=self.pack_masks,
-        )
-        return {} if isinstance(self.algorithm, Dense) else plan
-
-
-class SparsityState(NamedTuple):
-    """The state of sparse training, all of it arrays.
-
-    Attributes:
-      masks: path -> stored mask, uint8 (see `masks.py`); sparse weights only.
-      rng: uint32 [2], data of the threefry key that every random choice derives from.
-    """
-
-    masks: dict[str, jax.Array]
-    rng: jax.Array
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves of any pytree by path, the keys joined by '/', in the tree's own order.
-
-    Raises:
-      ValueError: two leaves come out with one path, since a key holds a '/'.
-    """
-    flat: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if path in flat:
-            raise ValueError(
-                f"two weights have the path {path!r}, because a key of the tree holds a '/'; "
-                "rename one of them"
-            )
-        flat[path] = leaf
-    return flat
-
-
-def unflatten(like: Any, flat: Mapping[str, Any]) -> Any:
-    """The inverse of `flatten`, with the containers of `like`."""
-    paths = jax.tree_util.tree_flatten_with_path(like)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    return jax.tree_util.tree_structure(like).unflatten([flat[name] for name in names])
-
-
-def init_state(config: SparsityConfig, plan: Plan, weights: Arrays) -> SparsityState:
-    """The state a run starts from; `weights` holds at least the sparse ones, by path."""
-    key = jax.random.key(config.seed, impl=_KEY_IMPL)
-    initial = config.algorithm.initial_masks(plan, {p: weights[p] for p in plan}, key)
-    return SparsityState(
-        masks={p: masks_lib.pack(initial[p], layer.pack_axis) for p, layer in plan.items()},
-        rng=jax.random.key_data(key),
-    )
-
-
-def visible_gradients(config: SparsityConfig, state: SparsityState, grads: Arrays) -> Arrays:
-    """The gradients that the base optimizer sees."""
-    return masks_lib.apply(grads, state.masks) if config.algorithm.masks_gradients else grads
-
-
-def update_masks(
-    config: SparsityConfig,
-    plan: Plan,
-    state: SparsityState,
-    *,
-    step: jax.Array,
-    weights: Arrays,
-    grads: Arrays,
-) -> tuple[SparsityState, dict[str, jax.Array], dict[str, jax.Array]]:
-    """One mask update.
-
-    Args:
-      config: the run's configuration.
-      plan: of the sparse weights.
-      state: before the update.
-      step: int32 scalar, the train step.
-      weights: by path, after this step's gradient step, if it takes one.
-      grads: by path, dense.
-
-    Returns:
-      The new state; which weights were alive before and still are (bool, by path); which have grown
-      (bool, by path; empty for an algorithm that grows none).
-    """
-    before = {p: masks_lib.unpack(state.masks[p], layer.shape) for p, layer in plan.items()}
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=_KEY_IMPL), step)
-    after = config.algorithm.update_masks(
-        plan,
-        Update(
-            step=jnp.asarray(step, jnp.int32),
-            weights={p: weights[p] for p in plan},
-            grads={p: grads[p] for p in plan},
-            masks=before,
-            key=key,
-        ),
-    )
-    stored = {p: masks_lib.pack(after[p], layer.pack_axis) for p, layer in plan.items()}
-    alive = {p: after[p] & before[p] for p in plan}
-    grown = {p: after[p] & ~before[p] for p in plan} if config.algorithm.grows else {}
-    return state._replace(masks=stored), alive, grown
-
-
-def zero_slots(slots: Any, grown: Arrays, paths: Iterable[str] | None = None) -> Any:
-    """Zeroes what an optimizer remembers of grown weights.
-
-    A slot is a leaf of the optimizer's state that mirrors a weight: it has the weight's shape and
-    its path has the weight's path in it, as in `mu/<path>` of Adam or `<path>/v` of Adafactor.
-    Factored rows and columns, which belong to no weight alone, stay.
-
-    Args:
-      slots: the optimizer's state.
-      grown: bool, by path; True where a weight has grown.
-      paths: of all weights, dense ones too, so that a slot of `b/a` is not taken for one of `a`.
-        None: those of `grown`.
-    """
-    paths = list(grown if paths is None else paths)
-
-    def weight_of(name: str) -> str | None:
-        # the longest path in the slot's; of equals, as keys of a list are, the one it ends with
-        hits = [
-            (p.count("/"), name.endswith(f"/{p}/"), p) for p in paths if not p or f"/{p}/" in name
-        ]
-        return max(hits)[-1] if hits else None
-
-    def zero(keys, slot):
-        path = weight_of(f"/{jax.tree_util.keystr(keys, simple=True, separator='/')}/")
-        if path not in grown or jnp.shape(slot) != grown[path].shape:
-            return slot
-        return jnp.where(grown[path], jnp.zeros((), slot.dtype), slot)
-
-    return jax.tree_util.tree_map_with_path(zero, slots) if grown else slots
 
 
 class SparsifyState(NamedTuple):
@@ -232,7 +68,7 @@ def sparsify(
       sparsity: of all sparse weights together, in [0, 1).
       distribution: how that is shared among layers: 'uniform', 'er', 'erk'.
       pattern: the shape zeros come in. None: Unstructured.
-      rules: levels and patterns of weights of their own.
+      rules: levels, patterns and algorithms of weights of their own.
       embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
       seed: of the masks' random choices.
       logical_axes: tree like params with the logical names of each weight's axes, a tuple of names
@@ -287,47 +123,53 @@ def sparsify(
         grads, weights = flatten(updates), flatten(params)
         plan = make_plan_of(weights)
 
-        def gradient_step(operands):
-            inner_state, masked_state = operands
-            seen = unflatten(updates, visible_gradients(config, masked_state, grads))
-            new_updates, inner_state = inner.update(seen, inner_state, params, **extra_args)
-            return flatten(new_updates), inner_state
+        # the optimizer's changes are carried beside its state: a mask update may take their place
+        def gradient_step(weights, grads, optimizer):
+            changes, inner_state = inner.update(
+                unflatten(updates, grads),
+                optimizer["state"],
+                unflatten(params, weights),
+                **extra_args,
+            )
+            changes = flatten(changes)
+            moved = optax.apply_updates(dict(weights), changes)
+            return moved, {"state": inner_state, "changes": changes}
 
-        def plain(operands):
-            new_updates, inner_state = gradient_step(operands)
-            sparsity_state = operands[1]
-            alive = {
-                p: masks_lib.unpack(m, weights[p].shape) for p, m in sparsity_state.masks.items()
-            }
-            return _pruning(new_updates, weights, alive), inner_state, sparsity_state
-
-        def with_mask_update(operands):
+        def stepped(operands, updates_masks):
             inner_state, sparsity_state = operands
-            if algorithm.replaces_gradient_step:
-                # of the dtypes that the optimizer gives, which need not be the weights'
-                like, _ = jax.eval_shape(gradient_step, operands)
-                new_updates = {p: jnp.zeros_like(w, like[p].dtype) for p, w in weights.items()}
-            else:
-                new_updates, inner_state = gradient_step(operands)
-            sparsity_state, alive, grown = update_masks(
-                config,
+            optimizer = {"state": inner_state, "changes": None}
+            like = jax.eval_shape(gradient_step, weights, grads, optimizer)[1]["changes"]
+            # of the dtypes that the optimizer gives, which need not be the weights'
+            optimizer["changes"] = {p: jnp.zeros(x.shape, x.dtype) for p, x in like.items()}
+            result = train_step(
                 plan,
                 sparsity_state,
                 step=state.count,
-                weights=optax.apply_updates(
-                    {p: weights[p] for p in plan}, {p: new_updates[p] for p in plan}
-                ),
+                weights=weights,
                 grads=grads,
+                optimizer_state=optimizer,
+                gradient_step=gradient_step,
+                updates_masks=updates_masks,
             )
-            inner_state = zero_slots(inner_state, grown, weights)
-            return _pruning(new_updates, weights, alive), inner_state, sparsity_state
+            changes = dict(result.optimizer_state["changes"])
+            for p, alive in result.alive.items():
+                # what is rounded off at each step must not add up beside the dense weight
+                alive = alive & (p not in result.state.slots.get(DENSE, {}))
+                changes[p] = _change(changes[p], weights[p], result.weights[p], alive)
+            inner_state = zero_slots(result.optimizer_state["state"], result.reset, weights)
+            return changes, inner_state, result.state
 
         operands = (state.inner, state.sparsity)
-        if algorithm.updates.last is None or not plan:
-            result = plain(operands)
+        moving = schedules(plan)
+        if moving:
+            result = lax.cond(
+                functools.reduce(operator.or_, [s.is_update(state.count) for s in moving]),
+                lambda x: stepped(x, True),
+                lambda x: stepped(x, False),
+                operands,
+            )
         else:
-            due = algorithm.updates.is_update(state.count)
-            result = lax.cond(due, with_mask_update, plain, operands)
+            result = stepped(operands, False)
         new_updates, inner_state, sparsity_state = result
         return unflatten(updates, new_updates), SparsifyState(
             count=optax.safe_increment(state.count), inner=inner_state, sparsity=sparsity_state
@@ -336,15 +178,11 @@ def sparsify(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pruning(updates: Arrays, weights: Arrays, alive: Arrays) -> dict[str, jax.Array]:
-    """Updates that take pruned weights to exactly 0, and leave the others as they are."""
-
-    def prune(update, weight, mask):
-        # an update narrower than its weight could not take it all the way
-        update = update.astype(jnp.promote_types(update.dtype, weight.dtype))
-        return jnp.where(mask, update, -weight.astype(update.dtype))
-
-    return {p: prune(u, weights[p], alive[p]) if p in alive else u for p, u in updates.items()}
+def _change(change: jax.Array, old: jax.Array, new: jax.Array, alive: jax.Array) -> jax.Array:
+    """What `optax.apply_updates` must add to a weight: exact where it was, or is, pruned."""
+    # a change narrower than its weight could not take it all the way
+    change = change.astype(jnp.promote_types(change.dtype, old.dtype))
+    return jnp.where(alive, change, new.astype(change.dtype) - old.astype(change.dtype))
 
 
 def _is_axis_names(x: Any) -> bool:

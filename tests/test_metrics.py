@@ -5,7 +5,19 @@ import optax
 import pytest
 from meshes import quick_jit
 
-from t5x_sparsity import NByM, Rule, Static, masks, sparsify, sparsity_summary
+from t5x_sparsity import (
+    Block,
+    Channel,
+    GlobalMagnitude,
+    Magnitude,
+    NByM,
+    OneShot,
+    Rule,
+    Static,
+    masks,
+    sparsify,
+    sparsity_summary,
+)
 from t5x_sparsity.metrics import (
     TOTAL,
     LayerSummary,
@@ -56,6 +68,41 @@ def test_rows_and_total_by_hand():
     assert (total.size, total.kept, total.shape) == (936, 189, ())
     assert total.target == pytest.approx(1 - (64 + 100 + 24) / 936)
     assert total.sparsity == pytest.approx(1 - 189 / 936)
+
+
+def test_targets_of_global_algorithms_are_of_the_total_only():
+    updates = OneShot(step=0)
+    plan = make_plan(
+        {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES.items()},
+        sparsity=0.75,
+        algorithm=GlobalMagnitude(updates=updates),
+        rules=[Rule(path="b/", sparsity=0.5, algorithm=Magnitude(updates=updates))],
+    )
+    rows = summarize(SHAPES, {"a/kernel": 200, "b/kernel": 100, "c/kernel": 0}, plan)
+    assert [r.target for r in rows[:3]] == [None, 0.5, None]
+    assert rows[-1].target == pytest.approx(1 - (160 + 100 + 24) / 936)
+    text = summary_table(rows).splitlines()
+    assert text[2].split() == ["a/kernel", "64x10", "640", "200", "68.7500%"]
+    assert text[-1].split()[-2:] == ["69.6581%", "67.9487%"]
+
+
+def test_targets_of_units():
+    """Of blocks and channels a target is a share of units; the total's is by weights."""
+    plan = make_plan(
+        {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES.items()},
+        sparsity=0.75,
+        rules=[
+            Rule(path="b/", pattern=Block(height=4, width=6)),
+            Rule(path="c/", pattern=Channel(), sparsity=0.5),
+        ],
+        axes={"c/kernel": ("layers", "embed", "mlp")},
+    )
+    # 3 blocks of 3 x 4, ragged; 4 channels of 8
+    assert [(plan[p].units, plan[p].kept) for p in SHAPES] == [(640, 160), (12, 3), (8, 4)]
+    rows = summarize(SHAPES, {"a/kernel": 160, "b/kernel": 60, "c/kernel": 48}, plan)
+    assert [r.target for r in rows[:3]] == [0.75, 0.75, 0.5]
+    assert rows[-1].target == pytest.approx((0.75 * 640 + 0.75 * 200 + 0.5 * 96) / 936)
+    assert rows[-1].sparsity == pytest.approx(1 - 268 / 936)
 
 
 def test_without_a_plan_and_of_nothing():

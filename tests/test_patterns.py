@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meshes import assert_moves_no_weight, mesh, put
+from meshes import assert_moves_no_weight, mesh, put, quick_jit
 from test_select import as_float64, oracle, random_scores
 
-from t5x_sparsity.patterns import Choice, NByM, Unstructured, select_masks
+from t5x_sparsity.patterns import NByM, Unstructured
+from t5x_sparsity.selection import Choice, select_masks
 
 
 def group_oracle(scores, n, m, axis, keep=None, where=None, stack_axes=()):
@@ -48,12 +49,17 @@ def compiled(pattern, stack_axes, with_keep, with_where):
         )
         return select_masks({"w": choice})["w"]
 
-    return jax.jit(run)
+    return quick_jit(run)
 
 
-def chosen(pattern, scores, k=0, keep=None, where=None, stack_axes=()):
+def chosen(pattern, scores, k, keep=None, where=None, stack_axes=()):
     run = compiled(pattern, stack_axes, keep is not None, where is not None)
-    return np.asarray(run(scores, np.int32(k), keep, where))
+    return np.asarray(run(scores, np.asarray(k, np.int32), keep, where))
+
+
+def target(pattern, shape, stack_axes=(), sparsity=0.5):
+    """Units of a slice that the pattern keeps."""
+    return pattern.kept([n for a, n in enumerate(shape) if a not in stack_axes], sparsity)
 
 
 NM_CASES = [
@@ -74,7 +80,7 @@ def test_n_by_m_equals_a_sort_of_every_group(pattern, shape, stack_axes, dtype):
     @settings(max_examples=10)
     def check(seed, ties):
         scores = random_scores(np.random.default_rng(seed), shape, dtype, ties)
-        mask = chosen(pattern, scores, stack_axes=stack_axes)
+        mask = chosen(pattern, scores, target(pattern, shape, stack_axes), stack_axes=stack_axes)
         expected = group_oracle(scores, pattern.n, pattern.m, pattern.axis, stack_axes=stack_axes)
         np.testing.assert_array_equal(mask, expected)
         assert mask.sum() == mask.size // pattern.m * pattern.n
@@ -84,9 +90,12 @@ def test_n_by_m_equals_a_sort_of_every_group(pattern, shape, stack_axes, dtype):
 
 @pytest.mark.parametrize("pattern,shape,stack_axes", NM_CASES[:5])
 def test_n_by_m_with_keep_and_where(pattern, shape, stack_axes):
-    @given(st.integers(0, 2**32 - 1))
+    k = target(pattern, shape, stack_axes)
+    groups = k // pattern.n
+
+    @given(st.integers(0, 2**32 - 1), st.integers(-pattern.n * groups, groups * pattern.m))
     @settings(max_examples=15)
-    def check(seed):
+    def check(seed, more):
         rng = np.random.default_rng(seed)
         scores = rng.integers(-2, 3, shape).astype(np.float32)
         keep = group_oracle(
@@ -94,22 +103,45 @@ def test_n_by_m_with_keep_and_where(pattern, shape, stack_axes):
         )
         keep &= rng.random(shape) < 0.5
         where = rng.random(shape) < 0.5
-        mask = chosen(pattern, scores, keep=keep, where=where, stack_axes=stack_axes)
-        expected = group_oracle(scores, pattern.n, pattern.m, pattern.axis, keep, where, stack_axes)
-        np.testing.assert_array_equal(mask, expected)
-        assert (mask >= keep).all()
-        assert not (mask & ~keep & ~where).any()
+        for now in (k, min(max(k + more, 0), groups * pattern.m)):
+            n = -(-now // groups)  # as many of every group, rounded up
+            mask = chosen(pattern, scores, now, keep, where, stack_axes)
+            expected = group_oracle(scores, n, pattern.m, pattern.axis, keep, where, stack_axes)
+            np.testing.assert_array_equal(mask, expected)
+            if n >= pattern.n:
+                assert (mask >= keep).all()
+            assert not (mask & ~keep & ~where).any()
 
     check()
+
+
+def test_n_by_m_on_the_way_to_its_level():
+    pattern = NByM(n=1, m=4)
+    scores = np.array([[4, 1], [3, 2], [2, 3], [1, 4]], np.float32)  # two groups
+    for k, n in [(0, 0), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (7, 4), (8, 4)]:
+        mask = chosen(pattern, scores, k)
+        np.testing.assert_array_equal(mask, group_oracle(scores, n, 4, 0))
+        assert mask.sum() == 2 * n
+
+
+def test_n_by_m_with_a_number_a_slice():
+    rng = np.random.default_rng(5)
+    pattern = NByM(n=2, m=4)
+    scores = random_scores(rng, (3, 8, 2, 5))
+    k = np.arange(6).reshape(3, 2) * 10  # of 10 groups a slice
+    mask = chosen(pattern, scores, k, stack_axes=(0, 2))
+    for i, j in np.ndindex(3, 2):
+        expected = group_oracle(scores[i, :, j], min(k[i, j] // 10, 4), 4, 0)
+        np.testing.assert_array_equal(mask[i, :, j], expected)
 
 
 def test_two_four_by_hand():
     scores = np.array([[1, 5], [-2, 5], [3, 5], [3, 5], [0, 1], [0, np.nan], [0, 2], [0, -9]])
     kept = [[0, 1], [0, 1], [1, 0], [1, 0], [1, 1], [1, 0], [0, 1], [0, 0]]
-    mask = chosen(NByM(n=2, m=4), scores.astype(np.float32))
+    mask = chosen(NByM(n=2, m=4), scores.astype(np.float32), 8)
     np.testing.assert_array_equal(mask, np.array(kept, bool))
     infinite = np.array([[-np.inf], [np.nan], [np.inf], [-np.inf]], np.float32)
-    mask = chosen(NByM(n=2, m=4), infinite)
+    mask = chosen(NByM(n=2, m=4), infinite, 2)
     assert mask[:, 0].tolist() == [True, False, True, False]
 
 
@@ -135,11 +167,11 @@ def test_mixed_patterns_in_one_selection():
     }
     patterns = {"a": Unstructured(), "b": NByM(n=2, m=4), "c": Unstructured()}
 
-    @jax.jit
+    @quick_jit
     def run(scores):
         return select_masks(
             {
-                path: Choice(patterns[path], x, 7, (0,) if path == "c" else ())
+                path: Choice(patterns[path], x, 24 if path == "b" else 7, (0,) * (path == "c"))
                 for path, x in scores.items()
             }
         )
@@ -156,11 +188,12 @@ def test_n_by_m_on_a_mesh(spec):
     pattern = NByM(n=2, m=4)
     scores = random_scores(np.random.default_rng(4), (64, 32))
     devices = mesh(2, 2)
-    run = jax.jit(lambda s: select_masks({"w": Choice(pattern, s, 0)})["w"])
+    run = jax.jit(lambda s: select_masks({"w": Choice(pattern, s, 64 * 32 // 2)})["w"])
     placed = put(devices, scores, *spec)
     program = run.lower(placed).compile()
-    np.testing.assert_array_equal(program(placed), run(scores))
-    assert_moves_no_weight(program.as_text(), largest=0)
+    np.testing.assert_array_equal(program(placed), group_oracle(scores, 2, 4, 0))
+    # groups need nothing of each other; one number is what settles the scores
+    assert_moves_no_weight(program.as_text(), largest=1)
 
 
 def test_levels_and_counts():

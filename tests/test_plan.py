@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_sparsity import masks
-from t5x_sparsity.patterns import NByM, Unstructured
+from t5x_sparsity.algorithms import Dense, Magnitude, RigL, Static
+from t5x_sparsity.patterns import Block, Channel, ConstantFanIn, NByM, Unstructured
 from t5x_sparsity.plan import Rule, check_level, make_plan
+from t5x_sparsity.schedules import OneShot
 
 BLOCK = {
     "attention/key/kernel": (64, 64),
@@ -246,6 +248,15 @@ def test_errors(kwargs, message):
         ({"path": "mlp", "sparsity": 1.5}, r"rule for 'mlp' must be a number in \[0, 1\], got 1.5"),
         ({"path": "mlp", "sparsity": "dense"}, "got 'dense'"),
         ({"path": "mlp", "sparsity": True}, "got True"),
+        (
+            {"path": "mlp", "stack_axes": "heads"},
+            r"must be a list .* got 'heads'; write \['heads'\]",
+        ),
+        (
+            {"path": "mlp", "sparsity": 0.9, "pattern": NByM(n=2, m=4)},
+            "rule for 'mlp' asks for a sparsity of 0.9, but NByM.n=2, m=4.* has 0.5 and takes no "
+            "other; leave the rule's sparsity out",
+        ),
     ],
 )
 def test_rule_errors(kwargs, message):
@@ -268,6 +279,127 @@ def test_a_pattern_of_fixed_level_stays_outside_the_budget():
     )
     assert plan["a/mlp"].sparsity == 0.5
     assert plan["a/attention"].sparsity == 0.9
+
+
+def test_a_rule_has_its_own_algorithm():
+    run, own = Static(), Magnitude(updates=OneShot(step=3))
+    plan = plan_of(
+        algorithm=run,
+        rules=[Rule(path="encoder/.*/mlp", algorithm=own), Rule(path="logits", sparsity=0.5)],
+    )
+    for path, layer in plan.items():
+        assert layer.algorithm == (own if "encoder/layers_0/mlp" in path else run), path
+    # the algorithm leaves a weight in the shared budget
+    assert plan["encoder/layers_0/mlp/wo/kernel"].sparsity == 0.9
+    assert "decoder/logits_dense/kernel" in plan
+    assert all(x.algorithm is None for x in plan_of().values())
+
+
+def test_dense_rules_and_dense_runs():
+    sparse = RigL(updates=OneShot(step=3))
+    plan = plan_of(
+        algorithm=sparse,
+        distribution="erk",
+        rules=[Rule(path="encoder/", algorithm=Dense())],
+        embedding_sparsity="auto",
+    )
+    assert set(plan) == {p for p in KERNELS if p.startswith("decoder")} | {
+        "token_embedder/embedding"
+    }
+    # what is dense is outside the budget
+    alone = {p: s for p, s in T5.items() if p.startswith("decoder")}
+    only = plan_of(alone, distribution="erk")
+    assert {p: plan[p].sparsity for p in only} == {p: x.sparsity for p, x in only.items()}
+
+    plan = plan_of(
+        algorithm=Dense(),
+        rules=[Rule(path="encoder/.*/mlp", algorithm=sparse), Rule(path="wo", sparsity=0.5)],
+        embedding_sparsity=0.5,
+    )
+    assert {p for p in KERNELS if p.startswith("encoder/layers_0/mlp")} == set(plan)
+    assert all(x.algorithm == sparse and x.sparsity == 0.9 for x in plan.values())
+    assert plan_of(algorithm=Dense()) == {}
+
+
+def test_a_rule_stacks_along_axes_by_name():
+    of = {
+        "attention/out": (4, 16, 3, 64),
+        "attention/query": (64, 3, 4, 16),
+        "mlp/wi": (64, 3, 128),
+    }
+    axes = {
+        "attention/out": ("heads", "kv", "layers", "embed"),
+        "attention/query": ("embed", "layers", "heads", "kv"),
+        "mlp/wi": ("embed", "layers", "mlp"),
+    }
+    plan = plan_of(of, axes=axes, rules=[Rule(path="attention", stack_axes=["heads"])])
+    assert {p: x.stack_axes for p, x in plan.items()} == {
+        "attention/out": (0, 2),
+        "attention/query": (1, 2),
+        "mlp/wi": (1,),
+    }
+    out = plan["attention/out"]
+    assert out.slice_shape == (16, 64) and out.slices == 12
+    assert out.kept == round(16 * 64 * 0.1)
+    assert out.pack_axis not in out.stack_axes
+    assert Rule(path="x", stack_axes=["heads"]) == Rule(path="x", stack_axes=("heads",))
+    for given in (axes, {p: a for p, a in axes.items() if p != "mlp/wi"}):
+        with pytest.raises(
+            ValueError,
+            match=r"rule for 'mlp' stacks along \['heads'\], but weight 'mlp/wi' has the logical "
+            r"axes (\('embed', 'layers', 'mlp'\)|None); name axes that it has",
+        ):
+            plan_of(of, axes=given, rules=[Rule(path="mlp", stack_axes=["heads"])])
+
+
+def test_units_and_levels():
+    of = {"a": (10, 3, 9), "b": (10, 9), "c": (10, 9), "d": (8, 9), "e": (6, 4)}
+    axes = {"a": ("embed", "layers", "mlp")}
+    rules = [
+        Rule(path="a", pattern=Block(height=4, width=3)),  # 3 x 3 blocks, ragged
+        Rule(path="b", pattern=Channel()),
+        Rule(path="c", pattern=ConstantFanIn()),
+        Rule(path="d", pattern=NByM(n=1, m=4)),
+    ]
+    plan = plan_of(of, axes=axes, rules=rules, sparsity=0.75)
+    found = {p: (x.units, x.kept, x.level) for p, x in plan.items()}
+    assert found == {
+        "a": (9, 2, 1 - 2 / 9),
+        "b": (9, 2, 1 - 2 / 9),
+        "c": (90, 18, 1 - 18 / 90),
+        "d": (72, 18, 0.75),
+        "e": (24, 6, 0.75),
+    }
+    assert all(x.sparsity == 0.75 for x in plan.values())
+
+
+@pytest.mark.parametrize(
+    "pattern,message",
+    [
+        (
+            Block(height=65, width=1),
+            "weight 'decoder/layers_0/attention/key/kernel': Block.height is 65, but .* has 64; .*"
+            "leave this weight out by a rule",
+        ),
+        (Channel(axis=2), "attention/key/kernel': Channel axis 2 is not an axis of a slice"),
+    ],
+)
+def test_patterns_that_do_not_fit(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(pattern=pattern)
+
+
+def test_a_level_that_the_runs_pattern_does_not_have():
+    message = (
+        "weight 'encoder/layers_0/mlp/wi_0/kernel': its rule asks for a sparsity of 0.9, but "
+        "NByM.n=2, m=4.* has 0.5 and takes no other"
+    )
+    rules = [Rule(path="encoder/.*/mlp", sparsity=0.9)]
+    with pytest.raises(ValueError, match=message):
+        plan_of(pattern=NByM(n=2, m=4), rules=rules)
+    same = [Rule(path="mlp/", sparsity=0.5), Rule(path="key", sparsity="auto")]
+    plan = plan_of(pattern=NByM(n=2, m=4), rules=same)
+    assert all(x.sparsity == 0.5 for x in plan.values())
 
 
 def float32(shape):

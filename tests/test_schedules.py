@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from t5x_sparsity.schedules import (
     Constant,
     Cosine,
+    Exponential,
     Listed,
     Never,
     OneShot,
@@ -51,6 +52,42 @@ def test_periodic(begin, end, period, steps):
     assert schedule.last == end
     assert steps_of(schedule, 20) == steps
     assert_traced_agrees(schedule, 20)
+
+
+SCHEDULES = [
+    Periodic(begin=0, end=10, period=5),
+    Periodic(begin=3, end=10, period=3),
+    Periodic(begin=3, end=3, period=100),
+    Periodic(begin=2, end=6, period=1),
+    Periodic(begin=4, end=6, period=10),
+    Periodic(begin=0.25, end=1.0, period=4, total_steps=24),
+    OneShot(step=0),
+    OneShot(step=7),
+    Listed(steps=[2, 3, 12]),
+    Listed(steps=[0]),
+    Never(),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_until_next_counts_the_steps(schedule):
+    due = steps_of(schedule, 30)
+    expected = [min((t - s for t in due if t >= s), default=2**30) for s in range(30)]
+    traced = jax.jit(jax.vmap(schedule.until_next))(jnp.arange(30, dtype=jnp.int32))
+    assert traced.dtype == jnp.int32
+    assert traced.tolist() == expected
+    for step in (0, 3, 4, 29):
+        assert int(schedule.until_next(step)) == expected[step]
+    assert int(schedule.until_next(2**30)) == 2**30
+
+
+def test_until_next_of_a_long_run():
+    far = Periodic(begin=2**30 - 7, end=2**30, period=5)
+    assert int(far.until_next(jnp.int32(0))) == 2**30 - 7
+    assert [int(far.until_next(jnp.int32(2**30 - n))) for n in (7, 6, 2, 1, 0, -1)] == [
+        *(0, 4, 0, 1, 0),
+        2**30,
+    ]
 
 
 def test_periodic_against_a_loop():
@@ -141,6 +178,10 @@ def test_configurations_compare_and_hash():
         (lambda: Polynomial(initial=-0.1), "initial must be a number in .0, 1., got -0.1"),
         (lambda: Polynomial(final=2), "final must be .* got 2"),
         (lambda: Polynomial(power=0), "power must be above 0, got 0"),
+        (lambda: Exponential(initial=-1), "Exponential.initial must be .* got -1"),
+        (lambda: Exponential(final=1.5), "Exponential.final must be .* got 1.5"),
+        (lambda: Exponential(rate=0), "Exponential.rate must be above 0, got 0"),
+        (lambda: Exponential(rate=-1.0), "Exponential.rate must be above 0, got -1.0"),
         (lambda: Cosine(initial=1.2), "initial must be .* got 1.2"),
         (lambda: Cosine(initial=0.3, final=math.nan), "final must be .* got nan"),
     ],
@@ -171,3 +212,11 @@ def test_values():
     assert cosine[-1] == 0
     raised = at(Cosine(initial=0.2, final=0.6), 0, 0.5, 1)
     assert raised == pytest.approx([0.2, 0.4, 0.6])
+    decay = at(Exponential(), 0, 0.2, 0.5, 1)
+    assert decay == pytest.approx([1, math.exp(-1), math.exp(-2.5), 0], abs=1e-6)
+    assert decay[0] == 1 and decay[-1] == 0  # exactly
+    rise = at(Exponential(initial=0.2, final=0.6, rate=2.0), 0, 0.5, 1)
+    assert rise == pytest.approx([0.2, 0.6 - 0.4 * math.exp(-1), 0.6])
+    assert rise[-1] == np.float32(0.6)
+    # at a rate of 5 the last step down is one of less than 1%
+    assert 0 < at(Exponential(), 0.999)[0] < 0.01

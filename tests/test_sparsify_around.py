@@ -33,7 +33,8 @@ from t5x_sparsity import (
     apply_masks,
     sparsify,
 )
-from t5x_sparsity.sparsify import find_state, flatten, init_state, unflatten, update_masks
+from t5x_sparsity.core import flatten, init_state, train_step, unflatten
+from t5x_sparsity.sparsify import find_state
 
 
 def run_updates(tx, steps=4, shapes=SHAPES):
@@ -208,7 +209,16 @@ def test_every_update_draws_anew_and_alike():
 
     @quick_jit
     def update(state, step):
-        return update_masks(config, plan, state, step=step, weights=weights, grads=weights)[0]
+        return train_step(
+            plan,
+            state,
+            step=step,
+            weights=weights,
+            grads=weights,
+            optimizer_state=(),
+            gradient_step=lambda weights, grads, optimizer: (weights, optimizer),
+            updates_masks=True,
+        ).state
 
     first, again, next_one = (update(state, jnp.int32(t)) for t in (1, 1, 2))
     assert_trees_equal(first, again)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.base import (
+    Algorithm,
     Arrays,
+    Need,
     Update,
     choose,
+    grown,
     magnitudes,
     random_masks,
     random_scores,
@@ -20,25 +24,25 @@ from t5x_sparsity.schedules import Cosine, UpdateSchedule, ValueSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DropAndGrow:
+class DropAndGrow(Algorithm):
     """Keeps the number of active weights: at an update a fraction is dropped, as many are grown.
 
-    Dropped are the active weights of smallest |w|; what is grown, `grow_scores` says. A weight just
-    dropped may grow again. Grown weights start at 0, with zeroed optimizer slots.
+    Dropped are the active weights of smallest drop score, grown the others of largest grow score. A
+    weight just dropped may grow again, in which case it keeps its value. Others that grow start at
+    0, with zeroed optimizer slots.
 
     Attributes:
       updates: when masks change.
       drop_fraction: the share of active weights that is swapped, over the progress of updates.
-      take_gradient_step: False as in the RigL paper (Algorithm 1): a mask update takes the place of
-        the gradient step; True does both.
+      take_gradient_step: whether an update step takes its gradient step too; if not, the mask
+        update takes its place.
     """
 
     updates: UpdateSchedule
     drop_fraction: ValueSchedule = Cosine(initial=0.3)
-    take_gradient_step: bool = False
+    take_gradient_step: bool = True
 
     masks_gradients = True
-    grows = True
 
     @property
     def replaces_gradient_step(self) -> bool:
@@ -49,23 +53,50 @@ class DropAndGrow:
         del weights
         return random_masks(plan, key)
 
+    def drop_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        """float, the weights' shapes: the smallest among active weights go. Here |w|."""
+        del plan
+        return magnitudes(update.weights)
+
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        """float, the weights' shapes: the largest among inactive weights grow."""
-        raise NotImplementedError
+        """float, the weights' shapes: the largest among the others grow. Here drawn at random."""
+        return random_scores(plan, update.key)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        kept = {path: layer.kept for path, layer in plan.items()}
         fraction = self.drop_fraction(self.updates.progress(update.step))
-        left = {
-            path: layer.kept - jnp.round(fraction * layer.kept).astype(jnp.int32)
-            for path, layer in plan.items()
-        }
-        keep = choose(plan, magnitudes(update.weights), left, where=update.masks, relaxed=True)
-        return choose(plan, self.grow_scores(plan, update), keep=keep)
+        drop, grow = self.drop_scores(plan, update), self.grow_scores(plan, update)
+        return swap(plan, update.masks, kept, fraction, drop, grow)
+
+    def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:
+        return grown(before, after)
+
+
+def swap(
+    plan: Plan,
+    masks: Arrays,
+    kept: Mapping[str, int | jax.Array],
+    fraction: jax.Array,
+    drop_scores: Arrays,
+    grow_scores: Arrays,
+) -> dict[str, jax.Array]:
+    """Drops `fraction` of the `kept` active units of every slice, and grows as many."""
+    left = {p: kept[p] - jnp.round(fraction * jnp.float32(kept[p])).astype(jnp.int32) for p in plan}
+    stay = choose(plan, drop_scores, left, where=masks, relaxed=True)
+    return choose(plan, grow_scores, kept, keep=stay)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RigL(DropAndGrow):
-    """Grows where the gradient is largest (Evci et al. 2020, arXiv:1911.11134, section 3)."""
+    """Grows where the gradient is largest (Evci et al. 2020, arXiv:1911.11134, section 3).
+
+    A mask update takes the place of the gradient step (Algorithm 1). The authors' code adds noise
+    of 1e-5 to |w| to break ties; here the lower index stays.
+    """
+
+    take_gradient_step: bool = False
+
+    dense_gradients = Need.AT_UPDATES
 
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         return magnitudes(update.grads)
@@ -78,6 +109,3 @@ class SET(DropAndGrow):
     The paper prunes a fixed fraction of the smallest positive and the largest negative weights at
     every epoch; here, as in later work, the smallest |w| go, at the schedule's steps.
     """
-
-    def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return random_scores(plan, update.key)

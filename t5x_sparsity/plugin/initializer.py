@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from t5x_sparsity import host
+from t5x_sparsity.core import SparsityConfig
 from t5x_sparsity.plugin.optimizer import SparseOptimizer
-from t5x_sparsity.sparsify import SparsityConfig
 
 
 class SparseTrainStateInitializer(host.TrainStateInitializer):
@@ -39,10 +39,10 @@ class SparseTrainStateInitializer(host.TrainStateInitializer):
 
     def _check_masks_divide(self) -> None:
         """A packed mask is an eighth as long as its weight; a very wide mesh may not divide it."""
-        shapes = self.global_train_state_shape._optimizer.state.sparsity.masks
+        sparsity = self.global_train_state_shape._optimizer.state.sparsity
         axes = self.train_state_axes._optimizer.state.sparsity.masks
         sizes = dict(self._partitioner.mesh.shape)
-        for path, mask in shapes.items():
+        for path, mask in sparsity.masks.items():
             for dim, names in zip(mask.shape, axes[path] or (), strict=False):
                 names = (names,) if isinstance(names, str) else names or ()
                 ways = math.prod(sizes[n] for n in names)

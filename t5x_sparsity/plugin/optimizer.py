@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
-from t5x_sparsity import host, masks
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.sparsify import (
+from t5x_sparsity import host
+from t5x_sparsity.core import (
     SparsityConfig,
     SparsityState,
     flatten,
+    forward_weights,
     init_state,
+    train_step,
     unflatten,
-    update_masks,
-    visible_gradients,
-    zero_slots,
 )
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.slots import zero_slots
 
 UNDRIVEN = (
     "this run has sparsity's train state but not its trainer, and would train without masks: a "
@@ -45,7 +45,8 @@ class SparseOptimizerState:
     """State of the base optimizer, and of sparsity beside it.
 
     In a checkpoint: `state/step`, `state/param_states/...` as the base lays them out,
-    `state/sparsity/masks/<path of the weight>` and `state/sparsity/rng`.
+    `state/sparsity/masks/<path of the weight>`, `state/sparsity/rng` and, for the algorithms that
+    need it, `state/sparsity/<slot>/<path of the weight>`.
     """
 
     step: Any
@@ -100,41 +101,39 @@ class SparseOptimizer(host.OptimizerDef):
 
     def create(self, target):
         state = self.init_state(target)
-        masked = masks.apply(flatten(target), state.sparsity.masks)
-        return host.Optimizer(self, state, unflatten(target, masked))
+        weights = forward_weights(self.plan(target), state.sparsity, flatten(target))
+        return host.Optimizer(self, state, unflatten(target, weights))
 
     def apply_gradient(self, hyper_params, params, state, grads):
         """One train step's change of weights, optimizer state and, if it is the kind, masks."""
         if self.step_kind is None:
             raise ValueError(UNDRIVEN)
-        algorithm = self.config.algorithm
-        updates_masks = self.step_kind is StepKind.UPDATE
-        flat_grads, sparsity = flatten(grads), state.sparsity
-        base_state = _base_state(state)
-        if updates_masks and algorithm.replaces_gradient_step:
-            base_state = base_state.replace(step=state.step + 1)
-        else:
-            seen = unflatten(grads, visible_gradients(self.config, sparsity, flat_grads))
-            params, base_state = self.base.apply_gradient(hyper_params, params, base_state, seen)
-        weights, slots = flatten(params), base_state.param_states
-        if updates_masks:
-            sparsity, alive, grown = update_masks(
-                self.config,
-                self.plan(params),
-                sparsity,
-                step=state.step,
-                weights=weights,
-                grads=flat_grads,
+
+        def gradient_step(weights, grads, base_state):
+            new_params, base_state = self.base.apply_gradient(
+                hyper_params, unflatten(params, weights), base_state, unflatten(params, grads)
             )
-            slots = zero_slots(slots, grown, weights)
-            for path, mask in alive.items():
-                weights[path] = jnp.where(mask, weights[path], jnp.zeros((), weights[path].dtype))
-        else:
-            weights = masks.apply(weights, sparsity.masks)
-        new_state = SparseOptimizerState(
-            step=jnp.asarray(base_state.step, jnp.int32), param_states=slots, sparsity=sparsity
+            return flatten(new_params), base_state
+
+        result = train_step(
+            self.plan(params),
+            state.sparsity,
+            step=state.step,
+            weights=flatten(params),
+            grads=flatten(grads),
+            optimizer_state=_base_state(state),
+            gradient_step=gradient_step,
+            updates_masks=self.step_kind is StepKind.UPDATE,
         )
-        return unflatten(params, weights), new_state
+        new_state = SparseOptimizerState(
+            # a step that only updates masks is a step too
+            step=jnp.asarray(state.step + 1, jnp.int32),
+            param_states=zero_slots(
+                result.optimizer_state.param_states, result.reset, result.weights
+            ),
+            sparsity=result.state,
+        )
+        return unflatten(params, result.weights), new_state
 
     def derive_logical_axes(self, optimizer, param_logical_axes):
         """The base's axes; a mask has its weight's."""
@@ -152,7 +151,12 @@ class SparseOptimizer(host.OptimizerDef):
         base = base.restore_state(_nested_dict(axes))
         weight_axes = _flatten_axes(param_logical_axes)
         sparsity = SparsityState(
-            masks={p: weight_axes[p] for p in state.sparsity.masks}, rng=PartitionSpec()
+            masks={p: weight_axes[p] for p in state.sparsity.masks},
+            rng=PartitionSpec(),
+            slots={
+                name: {p: weight_axes[p] for p in arrays}
+                for name, arrays in state.sparsity.slots.items()
+            },
         )
         return host.Optimizer(
             self,
@@ -168,33 +172,46 @@ class SparseOptimizer(host.OptimizerDef):
         # Orbax can't read a None back; restore_state fills them in again
         flat = {k: v for k, v in flat.items() if v is not None or not _is_slot(k)}
         flat["state/step"] = state.step
-        flat["state/sparsity/rng"] = state.sparsity.rng
-        flat |= {f"state/sparsity/masks/{p}": m for p, m in state.sparsity.masks.items()}
-        return _nested_dict(flat)
+        return _nested_dict(flat | _sparsity_leaves(state.sparsity))
 
     def restore_state(self, opt_target, opt_state, state_dict):
         flat = _flat_dict(flax.core.unfreeze(state_dict))
         reference = _flat_dict(self.base.state_dict(opt_target, _base_state(opt_state)))
-        sparse = {k: v for k, v in flat.items() if k.startswith("state/sparsity/")}
+        sparse = {k: v for k, v in flat.items() if k.startswith(_SPARSITY)}
         dense = {k: v for k, v in flat.items() if k not in sparse}
         dense |= {k: v for k, v in reference.items() if v is None and _is_slot(k)}
         target, base_state = self.base.restore_state(
             opt_target, _base_state(opt_state), _nested_dict(dense)
         )
-        prefix = "state/sparsity/masks/"
-        stored = {k[len(prefix) :]: v for k, v in sparse.items() if k.startswith(prefix)}
-        if set(stored) != set(opt_state.sparsity.masks):
+        own = opt_state.sparsity
+        expected = _sparsity_leaves(own)
+        if set(sparse) != set(expected):
             raise ValueError(
-                "the state to restore was made with other rules of sparsity: masks missing for "
-                f"{sorted(set(opt_state.sparsity.masks) - set(stored))}, unexpected for "
-                f"{sorted(set(stored) - set(opt_state.sparsity.masks))}"
+                "the state to restore was made with other rules of sparsity: missing "
+                f"{sorted(set(expected) - set(sparse))}, unexpected "
+                f"{sorted(set(sparse) - set(expected))}"
             )
         sparsity = SparsityState(
-            masks={p: stored[p] for p in opt_state.sparsity.masks}, rng=sparse["state/sparsity/rng"]
+            masks={p: sparse[f"{_SPARSITY}masks/{p}"] for p in own.masks},
+            rng=sparse[f"{_SPARSITY}rng"],
+            slots={
+                name: {p: sparse[f"{_SPARSITY}{name}/{p}"] for p in arrays}
+                for name, arrays in own.slots.items()
+            },
         )
         return target, SparseOptimizerState(
             step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
         )
+
+
+_SPARSITY = "state/sparsity/"
+
+
+def _sparsity_leaves(state: SparsityState) -> dict[str, Any]:
+    """The leaves of a sparsity state by their path in a checkpoint."""
+    arrays = {"masks": state.masks, **state.slots}
+    leaves = {f"{_SPARSITY}{name}/{p}": x for name, of in arrays.items() for p, x in of.items()}
+    return {**leaves, f"{_SPARSITY}rng": state.rng}
 
 
 def _base_state(state: SparseOptimizerState):

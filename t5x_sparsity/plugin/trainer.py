@@ -14,8 +14,8 @@ from absl import logging
 from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host, metrics
+from t5x_sparsity.core import flatten, schedules
 from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind
-from t5x_sparsity.sparsify import flatten
 
 NOT_SPARSE = (
     "the sparse trainer got a train state without masks, and would train dense: bind "
@@ -113,12 +113,13 @@ class SparseTrainer:
             shapes = flatten(train_state.params)
             self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
             self._plan = optimizer.plan(train_state.params)
+            self._schedules = schedules(self._plan)
 
     @functools.cached_property
     def _steps(self) -> dict[str, TrainStep]:
         """The base trainer's own step, built once for each kind."""
         kinds = [StepKind.PLAIN]
-        if self._optimizer_def.config.algorithm.updates.last is not None and self._plan:
+        if self._schedules:
             kinds.append(StepKind.UPDATE)
         steps = {}
         for kind in kinds:
@@ -141,7 +142,7 @@ class SparseTrainer:
         """Runs the step that is due; the host counts, nothing is read from the device."""
         if self._host_step is None:
             self._host_step = int(host.utils.get_local_data(train_state.step))
-        due = self._optimizer_def.config.algorithm.updates.is_update(self._host_step)
+        due = any(updates.is_update(self._host_step) for updates in self._schedules)
         self._host_step += 1
         steps = self._compiled_steps or self._steps
         kind = StepKind.UPDATE if due and StepKind.UPDATE.value in steps else StepKind.PLAIN

@@ -1,0 +1,55 @@
+"""AC/DC: sparse and dense phases in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.algorithms.base import Algorithm, Arrays, Need, Update, choose, grown, magnitudes
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.schedules import Periodic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ACDC(Algorithm):
+    """Alternating compressed and decompressed training (Peste et al. 2021, arXiv:2106.12379).
+
+    Dense until the first update, which keeps the weights of largest |w|; at the next all weights
+    come back, at 0; and so on by turns. The last update begins the sparse phase that ends the run,
+    whichever turn it would be (Algorithm 1). The authors' code prunes by one threshold over all
+    layers; here each layer has its target.
+
+    Attributes:
+      updates: `begin` ends the dense warm-up, `period` is the length of a phase, `end` begins the
+        last sparse phase.
+      reset_optimizer: whether the optimizer's slots of all sparse weights are zeroed when weights
+        come back, as the authors do with SGD. Adam's step count runs on: see `AdamFisher`.
+    """
+
+    updates: Periodic
+    reset_optimizer: bool = False
+
+    masks_gradients = True
+    dense_gradients = Need.NEVER  # none of pruned weights; dense phases have no pruned weights
+
+    def __post_init__(self):
+        if not isinstance(self.updates, Periodic):
+            raise ValueError(
+                f"ACDC.updates must be Periodic, whose period is the length of a phase, got "
+                f"{self.updates!r}"
+            )
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        updates = self.updates
+        turn = (update.step - updates.begin) // updates.period
+        dense = (turn % 2 == 1) & (update.step != updates.end)
+        sparse = choose(plan, magnitudes(update.weights), where=update.masks)
+        return {p: mask | dense for p, mask in sparse.items()}
+
+    def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:
+        if not self.reset_optimizer:
+            return {}
+        back = grown(before, after)
+        return {p: jnp.broadcast_to(jnp.any(x), x.shape) for p, x in back.items()}

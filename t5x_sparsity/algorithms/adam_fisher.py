@@ -1,0 +1,39 @@
+"""Pruning by Adam's estimate of the Fisher information."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.algorithms.base import Arrays, Update
+from t5x_sparsity.algorithms.gradual import GradualPruning
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.slots import second_moments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamFisher(GradualPruning):
+    """Keeps the weights of largest w^2 v, v Adam's running mean of squared gradients.
+
+    v stands for the diagonal of the Fisher matrix, and the score for the loss that a weight costs
+    (Singh & Alistarh 2020, arXiv:2004.14340, section 3; the diagonal of the optimal brain surgeon).
+    An optimizer that keeps no v, or only its factors, is an error.
+
+    Attributes:
+      reset_optimizer: whether an update zeroes the optimizer's slots of all sparse weights. Adam's
+        step count runs on, so the first steps after a reset are up to (1 - b1) / sqrt(1 - b2) times
+        as long.
+    """
+
+    reset_optimizer: bool = False
+
+    def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        moments = second_moments(update.optimizer_state, update.weights)
+        return {p: jnp.square(w) * moments[p].astype(w.dtype) for p, w in update.weights.items()}
+
+    def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:
+        if not self.reset_optimizer:
+            return {}
+        return {p: jnp.ones(mask.shape, bool) for p, mask in after.items()}

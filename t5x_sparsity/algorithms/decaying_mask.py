@@ -1,0 +1,113 @@
+"""Masks that close slowly: pruned weights fade, or groups lose a few weights at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_sparsity.algorithms.base import (
+    Arrays,
+    Need,
+    Update,
+    choose,
+    magnitudes,
+    prune,
+    require_pattern,
+)
+from t5x_sparsity.algorithms.straight_through import UnderMask
+from t5x_sparsity.patterns import NByM
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.schedules import Polynomial, UpdateSchedule, ValueSchedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecayingMask(UnderMask):
+    """The forward pass uses w (M + d (1 - M)), with d falling from 1 to 0.
+
+    Kao et al. 2022, arXiv:2209.07617, section 3. M keeps the largest |w| at the target level, and
+    is chosen again at every update; after the last, d is 0 and M stays. Gradients follow the chain
+    rule, so that those of pruned weights fade with d, as in Google's code (aqt); with
+    `straight_through` they don't, as in a later code of the authors.
+
+    Attributes:
+      updates: when masks are chosen again.
+      decay: d, over the progress of updates.
+      straight_through: whether pruned weights get their gradients in full.
+    """
+
+    updates: UpdateSchedule
+    decay: ValueSchedule = Polynomial(initial=1.0, final=0.0, power=1.0)
+    straight_through: bool = False
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return choose(plan, magnitudes(update.weights))
+
+    def gradients(self, plan: Plan, update: Update) -> Arrays:
+        if self.straight_through:
+            return update.grads
+        return self._faded(update.grads, update.masks, update.step)
+
+    def forward(self, plan: Plan, weights: Arrays, masks: Arrays, step) -> dict[str, jax.Array]:
+        return self._faded(weights, masks, step)
+
+    def densities(self, density: float, step: int) -> tuple[float, float]:
+        if self.decay(self.updates.progress(step)) > 0:
+            return 1.0, 1.0
+        return density, 1.0 if self.straight_through else density
+
+    def _faded(self, arrays: Arrays, masks: Arrays, step) -> dict[str, jax.Array]:
+        left = self.decay(self.updates.progress(step))
+
+        def fade(x, mask):
+            # no product once nothing is left, which would keep NaN alive
+            faded = jnp.where(left > 0, x * left.astype(x.dtype), jnp.zeros((), x.dtype))
+            return jnp.where(mask, x, faded)
+
+        return {p: fade(x, masks[p]) for p, x in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StructureDecay(UnderMask):
+    """The groups of N:M keep M-1 weights, then M/2, M/4, ..., N, in turns of equal length.
+
+    Kao et al. 2022, arXiv:2209.07617, section 3, the structure-decay form. Weights that a group
+    has lost are chosen again by |w| at later updates. They get no gradients, as in Google's code
+    (aqt); with `straight_through` they do. Every weight's pattern must be NByM.
+
+    Attributes:
+      updates: when masks are chosen again.
+      straight_through: whether pruned weights get gradients.
+    """
+
+    updates: UpdateSchedule
+    straight_through: bool = False
+
+    @property
+    def dense_gradients(self) -> Need:
+        return Need.ALWAYS if self.straight_through else Need.NEVER
+
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+        require_pattern(self, plan, NByM)
+        return super().initial_masks(plan, weights, key)
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        progress = self.updates.progress(update.step)
+        kept = {}
+        for path, layer in plan.items():
+            turns = jnp.asarray(stages(layer.pattern), jnp.int32)
+            turn = jnp.minimum((progress * len(turns)).astype(jnp.int32), len(turns) - 1)
+            kept[path] = turns[turn] * (layer.units // layer.pattern.m)
+        return choose(plan, magnitudes(update.weights), kept)
+
+    def gradients(self, plan: Plan, update: Update) -> Arrays:
+        return update.grads if self.straight_through else prune(update.grads, update.masks)
+
+
+def stages(pattern: NByM) -> tuple[int, ...]:
+    """Weights that a group keeps, turn by turn: M-1, then halves of M down to N."""
+    halves = [pattern.m >> i for i in range(1, int(np.log2(pattern.m)) + 1)]
+    between = [n for n in (pattern.m - 1, *halves) if n > pattern.n]
+    return (*dict.fromkeys(between), pattern.n)

@@ -1,0 +1,106 @@
+"""From dense to sparse with one threshold over all layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.algorithms.base import Arrays, Slots, Update, choices, prune, scheduled_kept
+from t5x_sparsity.algorithms.gradual import GradualPruning
+from t5x_sparsity.algorithms.saliency import Saliency, add_gradients, gradient_sums, saliencies
+from t5x_sparsity.lamp import lamp_masks
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.select import Count
+from t5x_sparsity.selection import select_jointly
+from t5x_sparsity.sums import ordered_sum
+
+NORMALIZATIONS = ("norm", "lamp", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlobalMagnitude(GradualPruning):
+    """Magnitude pruning with one threshold over all weights; layers have no level of their own.
+
+    Each slice of a stack is a layer.
+
+    Attributes:
+      normalization: what scores are made comparable by. 'norm' divides by the layer's L2 norm of
+        scores + 1e-8; 'lamp' takes LAMP's scores in their place (Lee et al. 2021,
+        arXiv:2010.07611, section 3), which leave every layer at least a weight; None leaves them
+        raw.
+    """
+
+    normalization: str | None = "norm"
+
+    is_global = True
+
+    def __post_init__(self):
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization (NORMALIZATION) must be one of {NORMALIZATIONS}, got "
+                f"{self.normalization!r}"
+            )
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        scores = prune(self.scores(plan, update), update.masks)
+        if self.normalization == "norm":
+            scores = {p: _over_norm(x, plan[p]) for p, x in scores.items()}
+        share = self.level(self.updates.progress(update.step))
+        kept = scheduled_kept(plan, share)
+        return select_jointly(
+            choices(plan, scores, kept, where=update.masks),
+            total_kept(plan, kept),
+            search=lamp_masks if self.normalization == "lamp" else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlobalSaliency(GlobalMagnitude):
+    """`Saliency` with one threshold over all weights.
+
+    With one update, the first step's, it is SNIP (Lee et al. 2018, arXiv:1810.02340, Algorithm 1),
+    but for its division by the sum of all scores, which moves no weight.
+
+    Attributes:
+      gradient_steps: as in `Saliency`.
+    """
+
+    gradient_steps: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        Saliency.__post_init__(self)
+
+    def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
+        return gradient_sums(self, plan)
+
+    def observe(self, plan: Plan, update: Update) -> Slots:
+        return add_gradients(self, update)
+
+    def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return saliencies(update)
+
+    def update_slots(self, plan: Plan, update: Update) -> Slots:
+        return Saliency.update_slots(self, plan, update)
+
+
+def _over_norm(scores: jax.Array, layer) -> jax.Array:
+    free = [a for a in range(scores.ndim) if a not in layer.stack_axes]
+    scores = scores.astype(jnp.float32)
+    return scores / (jnp.sqrt(ordered_sum(jnp.square(scores), free)) + 1e-8)
+
+
+def total_kept(plan: Plan, kept) -> Count:
+    """Weights of all slices together, of the layers whose level is not fixed by their pattern."""
+    total = Count.of(0)
+    for path, layer in plan.items():
+        if layer.pattern.fixed_level is None:
+            size, rest = divmod(layer.slice_size, layer.units)
+            weights = kept[path] * size
+            if rest:  # blocks at a ragged edge are smaller
+                share = jnp.float32(kept[path]) / layer.units
+                weights = jnp.round(share * layer.slice_size).astype(jnp.int32)
+            total = total + Count.of(weights).times(layer.slices)
+    return total

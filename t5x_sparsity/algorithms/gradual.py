@@ -1,0 +1,57 @@
+"""From dense to sparse, layer by layer: the weights of smallest score go, along a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from t5x_sparsity.algorithms.base import (
+    Algorithm,
+    Update,
+    choose,
+    magnitudes,
+    random_scores,
+    scheduled_kept,
+)
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.schedules import Polynomial, UpdateSchedule, ValueSchedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradualPruning(Algorithm):
+    """An update takes its gradient step, then keeps the active weights of largest score.
+
+    Masks start dense, and a pruned weight stays pruned. The optimizer's momentum of pruned weights
+    runs on.
+
+    Attributes:
+      updates: when masks change; `OneShot` prunes at once.
+      level: the share of each layer's target sparsity, over the progress of updates.
+    """
+
+    updates: UpdateSchedule
+    level: ValueSchedule = Polynomial(initial=0.0, final=1.0, power=3.0)
+
+    def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        """float, the weights' shapes: the largest stay. Here |w|."""
+        del plan
+        return magnitudes(update.weights)
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
+        # of pruned weights the optimizer has just moved some off 0: they are no candidates
+        return choose(plan, self.scores(plan, update), kept, where=update.masks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Magnitude(GradualPruning):
+    """Gradual magnitude pruning (Zhu & Gupta 2017, arXiv:1710.01878, section 3)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomPruning(GradualPruning):
+    """The weights that go are drawn at random: the baseline of the others."""
+
+    def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return random_scores(plan, update.key)

@@ -1,0 +1,70 @@
+"""GraNet: a gradual ramp, with a swap of weights after every prune."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.algorithms.base import (
+    Arrays,
+    Need,
+    Update,
+    choose,
+    magnitudes,
+    random_scores,
+    scheduled_kept,
+)
+from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow, swap
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.schedules import Cosine, Polynomial, ValueSchedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraNet(DropAndGrow):
+    """Prunes along a cubic ramp, then drops a fraction and regrows it where |g| is largest.
+
+    Liu et al. 2021, arXiv:2106.10404, section 4. It starts at `initial_sparsity` of all weights,
+    every layer at the same share of its target. The authors' code ramps over all layers with one
+    threshold on |w|; here each layer goes to its own target (their GraNet_uniform), since the
+    weights of a transformer's layers differ in scale.
+
+    Attributes:
+      initial_sparsity: of all weights together at the start, in [0, 1].
+      ramp: the share of the way from there to the target, over the progress of updates.
+    """
+
+    drop_fraction: ValueSchedule = Cosine(initial=0.5)
+    initial_sparsity: float = 0.5
+    ramp: ValueSchedule = Polynomial(initial=0.0, final=1.0, power=3.0)
+
+    dense_gradients = Need.AT_UPDATES
+
+    def __post_init__(self):
+        if not 0 <= self.initial_sparsity <= 1:
+            raise ValueError(
+                f"initial_sparsity (INITIAL_SPARSITY) must be in [0, 1], got "
+                f"{self.initial_sparsity!r}"
+            )
+
+    def kept(self, plan: Plan, progress: jax.Array) -> dict[str, jax.Array]:
+        """Units kept per slice."""
+        total = sum(layer.size for layer in plan.values())
+        target = sum(layer.level * layer.size for layer in plan.values()) / total
+        start = min(1.0, self.initial_sparsity / target) if target else 1.0
+        return scheduled_kept(plan, start + (1 - start) * self.ramp(progress))
+
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+        del weights
+        return choose(plan, random_scores(plan, key), self.kept(plan, jnp.float32(0)))
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        progress = self.updates.progress(update.step)
+        kept, size = self.kept(plan, progress), magnitudes(update.weights)
+        pruned = choose(plan, size, kept, where=update.masks)
+        fraction = self.drop_fraction(progress)
+        return swap(plan, pruned, kept, fraction, size, self.grow_scores(plan, update))
+
+    def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return magnitudes(update.grads)

@@ -1,0 +1,32 @@
+"""From dense to N:M by way of unstructured sparsity."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from t5x_sparsity.algorithms.base import Update, choose, require_pattern, scheduled_kept
+from t5x_sparsity.algorithms.gradual import GradualPruning
+from t5x_sparsity.patterns import NByM
+from t5x_sparsity.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IterativeNM(GradualPruning):
+    """Ramps to N:M with the winners of every group kept ahead of all other weights.
+
+    The other weights go by |w|, anywhere in a slice, until none but the winners are left. After
+    JaxPruner's extension of the name (Lee et al. 2023, arXiv:2304.14082), which fails when called.
+    Every weight's pattern must be NByM.
+    """
+
+    def initial_masks(self, plan: Plan, weights, key):
+        require_pattern(self, plan, NByM)
+        return super().initial_masks(plan, weights, key)
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        scores = self.scores(plan, update)
+        winners = choose(plan, scores, where=update.masks)
+        kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
+        return choose(plan, scores, kept, where=update.masks, keep=winners, relaxed=True)

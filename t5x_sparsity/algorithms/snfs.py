@@ -1,0 +1,48 @@
+"""Sparse networks from scratch: grow by the momentum of dense gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.algorithms.base import Arrays, Need, Slots, Update, magnitudes
+from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow
+from t5x_sparsity.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SNFS(DropAndGrow):
+    """Sparse networks from scratch: grows where the momentum of the gradient is largest.
+
+    Dettmers & Zettlemoyer 2019, arXiv:1907.04840, section 3. m <- momentum m + (1 - momentum) g is
+    kept dense, a float32 array a weight, apart from the optimizer's. The paper also moves weights
+    between layers, by their mean momentum; here, as in RigL's comparison, every layer keeps its
+    number.
+
+    Attributes:
+      momentum: of the running mean, in [0, 1).
+    """
+
+    momentum: float = 0.9
+
+    dense_gradients = Need.ALWAYS
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum (MOMENTUM) must be in [0, 1), got {self.momentum!r}")
+
+    def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
+        del weights, masks
+        return {"momentum": {p: jnp.zeros(x.shape, jnp.float32) for p, x in plan.items()}}
+
+    def observe(self, plan: Plan, update: Update) -> Slots:
+        def moved(mean, grad):
+            return self.momentum * mean + (1 - self.momentum) * grad.astype(jnp.float32)
+
+        mean = update.slots["momentum"]
+        return {"momentum": {p: moved(mean[p], update.grads[p]) for p in plan}}
+
+    def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return magnitudes(update.slots["momentum"])

@@ -1,0 +1,98 @@
+"""Dense weights trained under a mask, through gradients at the masked weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.algorithms.base import (
+    DENSE,
+    Algorithm,
+    Arrays,
+    Need,
+    Update,
+    choose,
+    magnitudes,
+    random_scores,
+    scheduled_kept,
+)
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.schedules import Constant, UpdateSchedule, ValueSchedule
+
+
+class UnderMask(Algorithm):
+    """An algorithm that keeps dense weights under the mask; the optimizer updates those."""
+
+    dense_gradients = Need.ALWAYS
+
+    def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
+        del plan, masks
+        return {DENSE: dict(weights)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StraightThrough(UnderMask):
+    """The forward pass uses w M(w); its gradient is applied to all of w.
+
+    Bengio et al. 2013, arXiv:1308.3432, section 4; for masks, Mallya et al. 2018, arXiv:1801.06519.
+
+    Attributes:
+      updates: when masks are chosen again.
+      level: the share of each layer's target sparsity, over the progress of updates.
+    """
+
+    updates: UpdateSchedule
+    level: ValueSchedule = Constant(value=1.0)
+
+    def scores(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+        """float, the weights' shapes: the largest are kept. Here |w|."""
+        del plan, key
+        return magnitudes(weights)
+
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+        kept = scheduled_kept(plan, self.level(jnp.float32(0)))
+        return choose(plan, self.scores(plan, weights, key), kept)
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
+        return choose(plan, self.scores(plan, update.weights, update.key), kept)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagnitudeSTE(StraightThrough):
+    """Straight-through training under the mask of the largest |w|."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomSTE(StraightThrough):
+    """Straight-through training under masks drawn at random, a new one at every update."""
+
+    def scores(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+        return random_scores(plan, key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SRSTE(StraightThrough):
+    """Sparse-refined straight-through training (Zhou et al. 2021, arXiv:2102.04010, section 3.2).
+
+    The gradient of pruned weights has decay * w added, which takes them towards 0 and so steadies
+    the mask: g + decay (1 - M) w. It is part of the gradient, and passes through the optimizer's
+    momentum and scaling as the authors' code has it. Meant for N:M; any pattern goes.
+
+    Attributes:
+      decay: lambda of the paper, not negative.
+    """
+
+    decay: float = 2e-4
+
+    def __post_init__(self):
+        if not self.decay >= 0:
+            raise ValueError(f"decay (PRUNED_WEIGHT_DECAY) must not be negative, got {self.decay}")
+
+    def gradients(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return {
+            p: g + jnp.where(update.masks[p], 0, self.decay * update.weights[p]).astype(g.dtype)
+            for p, g in update.grads.items()
+        }

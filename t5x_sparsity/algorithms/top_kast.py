@@ -1,0 +1,93 @@
+"""Top-KAST: a sparse forward pass, and gradients for a somewhat larger set of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity import masks as masks_lib
+from t5x_sparsity.algorithms.base import (
+    DENSE,
+    Arrays,
+    Need,
+    Slots,
+    Update,
+    choose,
+    magnitudes,
+    scheduled_kept,
+)
+from t5x_sparsity.algorithms.straight_through import UnderMask
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.schedules import Constant, UpdateSchedule, ValueSchedule
+
+_BACKWARD = "backward"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopKAST(UnderMask):
+    """Always-sparse training (Jayakumar et al. 2021, arXiv:2106.03517, section 2).
+
+    The forward pass uses A, the weights of largest |w| at the target level; gradients go to B, the
+    largest at a lower level, so that weights of B may enter A. A penalty of regularizer w^2 / 2 on
+    A, and of regularizer w^2 / (2 density) on B without A, joins the loss, which keeps weights
+    outside A from creeping in; it is the L2 form of the paper's, whose formula has |w| in its
+    place. The last update sets B to A: exploration ends. Weights outside B get no gradient; what
+    the optimizer adds by itself, momentum or weight decay, reaches them.
+
+    Attributes:
+      updates: when A and B are chosen again.
+      backward: the share of each layer's target sparsity that B has, over the progress of updates.
+        0.625 of a sparsity of 0.8 is 0.5.
+      regularizer: strength of the penalty, not negative.
+    """
+
+    updates: UpdateSchedule
+    backward: ValueSchedule = Constant(value=0.625)
+    regularizer: float = 1e-4
+
+    dense_gradients = Need.NEVER
+
+    def __post_init__(self):
+        if not self.regularizer >= 0:
+            raise ValueError(
+                f"regularizer (REGULARIZER) must not be negative, got {self.regularizer!r}"
+            )
+
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+        del key
+        return choose(plan, magnitudes(weights))
+
+    def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
+        chosen = self._backward(plan, weights, masks, jnp.float32(0))
+        return {**super().initial_slots(plan, weights, masks), _BACKWARD: chosen}
+
+    def _backward(self, plan: Plan, weights: Arrays, masks: Arrays, progress) -> Arrays:
+        """B, stored as masks are."""
+        share = jnp.where(progress >= 1, jnp.float32(1), self.backward(progress))
+        chosen = choose(plan, magnitudes(weights), scheduled_kept(plan, share), keep=masks)
+        return {p: masks_lib.pack(chosen[p], layer.pack_axis) for p, layer in plan.items()}
+
+    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return choose(plan, magnitudes(update.weights))
+
+    def update_slots(self, plan: Plan, update: Update) -> Slots:
+        progress = self.updates.progress(update.step)
+        chosen = self._backward(plan, update.weights, update.masks, progress)
+        return {DENSE: update.slots[DENSE], _BACKWARD: chosen}
+
+    def densities(self, density: float, step: int) -> tuple[float, float]:
+        progress = self.updates.progress(step)
+        share = 1.0 if progress >= 1 else float(self.backward(progress))
+        return density, 1 - share * (1 - density)
+
+    def gradients(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        found = {}
+        for path, g in update.grads.items():
+            w, mask = update.weights[path].astype(g.dtype), update.masks[path]
+            density = max(1 - plan[path].level, 1 / plan[path].units)
+            penalty = self.regularizer * jnp.where(mask, w, w / density)
+            explored = masks_lib.unpack(update.slots[_BACKWARD][path], g.shape)
+            found[path] = jnp.where(explored, g + penalty, jnp.zeros((), g.dtype))
+        return found

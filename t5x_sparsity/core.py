@@ -1,0 +1,290 @@
+"""The functional core of sparse training: its configuration, its state, and one train step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from t5x_sparsity import masks as masks_lib
+from t5x_sparsity.algorithms import DENSE, Algorithm, Update, prune
+from t5x_sparsity.distributions import check_distribution
+from t5x_sparsity.patterns import Pattern
+from t5x_sparsity.plan import Plan, Rule, check_embedding_level, check_level, make_plan
+from t5x_sparsity.schedules import UpdateSchedule
+
+Arrays = Mapping[str, jax.Array]
+
+# Masks must be the same whatever generator the run draws its dropout from.
+_KEY_IMPL = "threefry2x32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """What is sparsified, how far and by which algorithm.
+
+    Attributes:
+      algorithm: decides which weights live.
+      sparsity: of all weights in the shared budget together, in [0, 1).
+      distribution: how that is shared among layers: 'uniform', 'er', 'erk'.
+      pattern: the shape zeros come in, where no rule says otherwise. None: Unstructured.
+      rules: levels, patterns and algorithms of weights of their own; the first that matches a path
+        wins.
+      embedding_sparsity: level of embeddings, 'auto' for 1 - sqrt(1 - sparsity), None for dense.
+      seed: of the masks' random choices, a non-negative integer.
+      pack_masks: store masks eight weights a byte where a weight's shape allows.
+    """
+
+    algorithm: Algorithm
+    sparsity: float = 0.8
+    distribution: str = "uniform"
+    pattern: Pattern | None = None
+    rules: Sequence[Rule] = ()
+    embedding_sparsity: float | str | None = None
+    seed: int = 0
+    pack_masks: bool = True
+
+    def __post_init__(self):
+        check_level(self.sparsity, "sparsity (SPARSITY)")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        check_distribution(self.distribution)
+        check_embedding_level(self.embedding_sparsity)
+
+    def plan(
+        self, shapes: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]] | None = None
+    ) -> Plan:
+        """The plan of every sparse weight; empty for a dense run. See `make_plan`."""
+        return make_plan(
+            shapes,
+            sparsity=self.sparsity,
+            distribution=self.distribution,
+            pattern=self.pattern,
+            algorithm=self.algorithm,
+            rules=self.rules,
+            embedding_sparsity=self.embedding_sparsity,
+            axes=axes,
+            pack_masks=self.pack_masks,
+        )
+
+
+class SparsityState(NamedTuple):
+    """The state of sparse training, all of it arrays.
+
+    Attributes:
+      masks: path -> stored mask, uint8 (see `masks.py`); sparse weights only.
+      rng: uint32 [2], data of the threefry key that every random choice derives from.
+      slots: name -> path -> what an algorithm remembers of a weight, such as 'dense'; empty for
+        most. Each has its weight's axes.
+    """
+
+    masks: dict[str, jax.Array]
+    rng: jax.Array
+    slots: dict[str, dict[str, jax.Array]]
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves of any pytree by path, the keys joined by '/', in the tree's own order.
+
+    Raises:
+      ValueError: two leaves come out with one path, since a key holds a '/'.
+    """
+    flat: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if path in flat:
+            raise ValueError(
+                f"two weights have the path {path!r}, because a key of the tree holds a '/'; "
+                "rename one of them"
+            )
+        flat[path] = leaf
+    return flat
+
+
+def unflatten(like: Any, flat: Mapping[str, Any]) -> Any:
+    """The inverse of `flatten`, with the containers of `like`."""
+    paths = jax.tree_util.tree_flatten_with_path(like)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    return jax.tree_util.tree_structure(like).unflatten([flat[name] for name in names])
+
+
+def groups(plan: Plan) -> list[tuple[Algorithm, Plan]]:
+    """The plan by algorithm, each with the weights that it decides on."""
+    parts: list[tuple[Algorithm, dict]] = []
+    for path, layer in plan.items():
+        part = next((p for algorithm, p in parts if algorithm == layer.algorithm), None)
+        if part is None:
+            part = {}
+            parts.append((layer.algorithm, part))
+        part[path] = layer
+    return parts
+
+
+def schedules(plan: Plan) -> list[UpdateSchedule]:
+    """The schedules by which masks of the plan change, each once."""
+    found: list[UpdateSchedule] = []
+    for algorithm, _ in groups(plan):
+        if algorithm.updates.last is not None and algorithm.updates not in found:
+            found.append(algorithm.updates)
+    return found
+
+
+def init_state(config: SparsityConfig, plan: Plan, weights: Arrays) -> SparsityState:
+    """The state a run starts from; `weights` holds at least the sparse ones, by path."""
+    key = jax.random.key(config.seed, impl=_KEY_IMPL)
+    stored, slots = {}, {}
+    for algorithm, part in groups(plan):
+        own = {p: weights[p] for p in part}
+        masks = algorithm.initial_masks(part, own, key)
+        stored |= {p: masks_lib.pack(masks[p], layer.pack_axis) for p, layer in part.items()}
+        for name, arrays in algorithm.initial_slots(part, own, masks).items():
+            slots.setdefault(name, {}).update(arrays)
+    return SparsityState(
+        masks={p: stored[p] for p in plan},
+        rng=jax.random.key_data(key),
+        slots={name: dict(sorted(arrays.items())) for name, arrays in sorted(slots.items())},
+    )
+
+
+def forward_weights(plan: Plan, state: SparsityState, weights: Arrays, step=0) -> Arrays:
+    """All weights as the model sees them at `step`; those that have a dense slot come from it."""
+    weights = {**weights, **state.slots.get(DENSE, {})}
+    masks = _unpacked(plan, state)
+    for algorithm, part in groups(plan):
+        own = {p: weights[p] for p in part}
+        weights |= algorithm.forward(part, own, masks, jnp.asarray(step, jnp.int32))
+    return weights
+
+
+def _unpacked(plan: Plan, state: SparsityState) -> dict[str, jax.Array]:
+    return {p: masks_lib.unpack(state.masks[p], layer.shape) for p, layer in plan.items()}
+
+
+class Step(NamedTuple):
+    """What a train step comes to.
+
+    Attributes:
+      weights: by path, those that the model sees next.
+      optimizer_state: the base optimizer's.
+      state: of sparsity.
+      alive: bool, by path; which weights were kept before the step and still are.
+      reset: bool, by path; of which weights the optimizer's slots are to be zeroed.
+    """
+
+    weights: dict[str, jax.Array]
+    optimizer_state: Any
+    state: SparsityState
+    alive: dict[str, jax.Array]
+    reset: dict[str, jax.Array]
+
+
+def train_step(
+    plan: Plan,
+    state: SparsityState,
+    *,
+    step: jax.Array,
+    weights: Arrays,
+    grads: Arrays,
+    optimizer_state: Any,
+    gradient_step: Callable[[Arrays, Arrays, Any], tuple[Arrays, Any]],
+    updates_masks: bool,
+) -> Step:
+    """One train step: the base optimizer's, with sparsity around it.
+
+    Args:
+      plan: of the sparse weights.
+      state: of sparsity, before the step.
+      step: int32 scalar, the train step.
+      weights: all, by path, as the forward pass used them.
+      grads: all, by path, dense.
+      optimizer_state: the base optimizer's, a pytree.
+      gradient_step: the base optimizer: (weights, grads, its state) -> (weights, its state).
+      updates_masks: whether masks are due. Where algorithms have schedules of their own, the step
+        itself finds out which of them are.
+    """
+    step = jnp.asarray(step, jnp.int32)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=_KEY_IMPL), step)
+    parts, masks, slots = groups(plan), _unpacked(plan, state), state.slots
+    dense = slots.get(DENSE, {})
+    forward, weights = weights, {**weights, **dense}
+
+    def seen_by(part: Plan) -> Update:
+        return Update(
+            step=step,
+            weights={p: weights[p] for p in part},
+            grads={p: grads[p] for p in part},
+            masks={p: masks[p] for p in part},
+            key=key,
+            forward_weights={p: forward[p] for p in part},
+            slots={n: own for n, x in slots.items() if (own := {p: x[p] for p in part if p in x})},
+            optimizer_state=optimizer_state,
+        )
+
+    visible = dict(grads)
+    for algorithm, part in parts:
+        slots = _merged(slots, algorithm.observe(part, seen_by(part)))
+        visible |= algorithm.gradients(part, seen_by(part))
+
+    due = _due(plan, step) if updates_masks else [False] * len(parts)
+    replaced = False
+    for (algorithm, _), now in zip(parts, due, strict=True):
+        replaced = replaced | (now if algorithm.replaces_gradient_step else False)
+    if replaced is not True:
+        taken = gradient_step(weights, visible, optimizer_state)
+        if replaced is not False:
+            taken = jax.tree.map(
+                lambda old, new: jnp.where(replaced, old, new), (weights, optimizer_state), taken
+            )
+        weights, optimizer_state = dict(taken[0]), taken[1]
+
+    after, alive, reset = dict(masks), dict(masks), {}
+    for (algorithm, part), now in zip(parts, due, strict=True):
+        if now is False:
+            continue
+        new, new_slots = _updated(algorithm, part, seen_by(part), now)
+        after |= new
+        slots = _merged(slots, new_slots)
+        alive |= {p: new[p] & masks[p] for p in part}
+        forgotten = algorithm.resets({p: masks[p] for p in part}, new)
+        reset |= {p: x & now for p, x in forgotten.items()}
+
+    slots = _merged(slots, {DENSE: {p: weights[p] for p in dense}})
+    # a weight that comes back starts at 0, unless its dense value has been kept
+    bare = {p: weights[p] for p in plan if p not in dense}
+    weights |= prune(bare, masks) if updates_masks else bare
+    for algorithm, part in parts:
+        own = {p: weights[p] for p in part}
+        weights |= algorithm.forward(part, own, {p: after[p] for p in part}, step + 1)
+    stored = state.masks
+    if updates_masks:
+        stored = {p: masks_lib.pack(after[p], layer.pack_axis) for p, layer in plan.items()}
+    return Step(weights, optimizer_state, state._replace(masks=stored, slots=slots), alive, reset)
+
+
+def _due(plan: Plan, step) -> list:
+    """For each algorithm whether its masks are due: a bool, traced where schedules differ."""
+    several = len(schedules(plan)) > 1
+    return [
+        a.updates.last is not None and (a.updates.is_update(step) if several else True)
+        for a, _ in groups(plan)
+    ]
+
+
+def _updated(algorithm: Algorithm, part: Plan, update: Update, due) -> tuple[Arrays, Any]:
+    """The masks and slots of an algorithm after an update step, if it is due."""
+
+    def moved(update):
+        masks = algorithm.update_masks(part, update)
+        return masks, dict(algorithm.update_slots(part, update._replace(masks=masks)))
+
+    if due is True:
+        return moved(update)
+    return lax.cond(due, moved, lambda update: (dict(update.masks), dict(update.slots)), update)
+
+
+def _merged(slots: Mapping[str, Arrays], new: Mapping[str, Arrays]) -> dict[str, Arrays]:
+    """Slots with what one algorithm has made of its own."""
+    return {name: {**arrays, **new.get(name, {})} for name, arrays in slots.items()}
