@@ -12,6 +12,7 @@ import gin
 import jax
 import pytest
 
+import t5x_sparsity as ts
 from t5x_sparsity import host, tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ MODELS = sorted((ROOT / "gin/sparsity/embedded").glob("*_*.gin"))
 METHODS = sorted(p for p in (ROOT / "gin/sparsity").glob("*.gin") if p.stem != "base")
 RUN = ROOT / "gin/sparsity/embedded/pretrain.gin"
 STDLIB = ROOT / "examples/rigl_stdlib.gin"
+COMBINED = ROOT / "examples/combined_stdlib.gin"
 C4 = ROOT / "examples/t5x_rigl_c4_base.gin"
 
 REQUIRED = {
@@ -161,6 +163,33 @@ def test_stdlib_example_is_complete(configure):
     assert gin.query_parameter("SPARSITY/macro.value") == 0.9
 
 
+def test_combination_example_gives_each_weight_its_method(configure):
+    configure(COMBINED)
+    names = ("wi_0", "wi_1", "wo")
+    shapes = {f"decoder/layers_0/mlp/{name}/kernel": (128, 256) for name in names}
+    shapes |= {f"decoder/layers_0/self_attention/{x}/kernel": (128, 128) for x in ("key", "out")}
+    shapes |= {"decoder/token_embedder/embedding": (384, 128)}
+    shapes |= {"decoder/relpos_bias/rel_embedding": (4, 32), "decoder/decoder_norm/scale": (128,)}
+    plan = gin.get_configurable(ts.SparsityConfig)().plan(
+        {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}
+    )
+    assert set(plan) == set(list(shapes)[:6])
+    seen = {}
+    for path, layer in plan.items():
+        kind = next(kind for kind in ("mlp", "attention", "embedder") if kind in path)
+        seen.setdefault(kind, set()).add((layer.algorithm, layer.pattern, round(layer.level, 4)))
+    grid = {"mlp": (80, 400, 20), "attention": (0, 600, 50), "embedder": (200, 600, 40)}
+    schedules = {
+        kind: ts.Periodic(begin=begin, end=end, period=period, total_steps=800)
+        for kind, (begin, end, period) in grid.items()
+    }
+    assert seen == {
+        "mlp": {(ts.IterativeNM(updates=schedules["mlp"]), ts.NByM(n=2, m=4), 0.5)},
+        "attention": {(ts.RigL(updates=schedules["attention"]), ts.Unstructured(), 0.9)},
+        "embedder": {(ts.Magnitude(updates=schedules["embedder"]), ts.Unstructured(), 0.6838)},
+    }
+
+
 def test_a_folder_of_text_in_a_run_file(configure, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "b.txt").write_text("more text")
@@ -201,7 +230,9 @@ def test_c4_example_on_t5x(configure, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", [*MODELS, RUN, *METHODS, STDLIB, C4], ids=lambda path: f"{path.parent.stem}/{path.stem}"
+    "path",
+    [*MODELS, RUN, *METHODS, STDLIB, COMBINED, C4],
+    ids=lambda path: f"{path.parent.stem}/{path.stem}",
 )
 def test_head_says_what_it_is_and_how_it_is_used(path):
     text = path.read_text()

@@ -1,15 +1,25 @@
 """A tiny T5 on the host in use, T5X or the embedded one, for the host tests."""
 
+import contextlib
+import sys
+import types
+from pathlib import Path
+
+import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import seqio
-from jax.sharding import Mesh
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
+from jax.sharding import Mesh, PartitionSpec
 
 import t5x_sparsity as ts
 from t5x_sparsity import host
 from t5x_sparsity.plugin import SparseTrainStateInitializer, sparse_trainer
 
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, LENGTH, VOCAB = 4, 8, 64
 FEATURES = (
     "encoder_input_tokens",
@@ -31,6 +41,7 @@ def adafactor(**kwargs):
 OPTIMIZERS = {
     "adafactor": adafactor,
     "adafactor-momentum": lambda: adafactor(beta1=0.9),
+    "adafactor-whole": lambda: adafactor(factored=False),
     "adafactor-factored": lambda: adafactor(min_dim_size_to_factor=8),
     "adamw": lambda: host.optimizers.adamw(1e-2),
     "lion": lambda: host.optimizers.lion(1e-3),
@@ -57,6 +68,44 @@ def model(optimizer_def, layers=1):
     return host.models.EncoderDecoderModel(
         host.network.Transformer(config), vocabulary, vocabulary, optimizer_def
     )
+
+
+class Stacked(nn.Module):
+    """Residual MLPs whose layers are stacked along axis 1, as T5X's scanned models have them.
+
+    names: of the stacks; one called x has the weights x_wi and x_wo.
+    """
+
+    names: tuple[str, ...] = ("mlp",)
+    layers: int = 2
+    width: int = 16
+    mlp_dim: int = 32
+
+    @nn.compact
+    def __call__(self, decoder_input_tokens, decoder_target_tokens, **_):
+        def weight(name, scale, axes):
+            sizes = {"vocab": VOCAB, "embed": self.width, "mlp": self.mlp_dim}
+            shape = tuple(sizes.get(axis, self.layers) for axis in axes)
+            init = nn.initializers.normal(scale)
+            return flax_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
+
+        def stacks(name, axes):
+            kernels = [weight(f"{n}_{name}", 0.2, axes) for n in self.names]
+            return jnp.moveaxis(jnp.concatenate(kernels, axis=1), 1, 0)
+
+        def layer(x, kernels):
+            wi, wo = kernels
+            return x + jax.nn.gelu(x @ wi) @ wo, None
+
+        table = weight("embedding", 1.0, ("vocab", "embed"))
+        kernels = stacks("wi", ("embed", "layers", "mlp")), stacks("wo", ("mlp", "layers", "embed"))
+        x, _ = jax.lax.scan(layer, table[decoder_input_tokens.astype(jnp.int32)], kernels)
+        return x @ table.T
+
+
+def stacked_model(optimizer_def, names=("mlp",)):
+    """A tiny model of stacked layers, under the host's own decoder-only model."""
+    return host.models.DecoderOnlyModel(Stacked(names), seqio.ByteVocabulary(), optimizer_def)
 
 
 class MeshPartitioner(host.partitioning.PjitPartitioner):
@@ -89,10 +138,10 @@ def batch(seed=0):
     return {**tokens, FEATURES[3]: np.ones((BATCH, LENGTH), "int32")}
 
 
-def initializer(config, optimizer="adamw", partitioner=None):
+def initializer(config, optimizer="adamw", partitioner=None, build=model):
     """(initializer, model, partitioner); a config of None is a dense run."""
     optimizer_def = OPTIMIZERS[optimizer]()
-    net = model(optimizer_def)
+    net = build(optimizer_def)
     partitioner = partitioner or MeshPartitioner()
     shapes = {k: (BATCH, LENGTH) for k in FEATURES}
     arguments = (optimizer_def, net.get_initial_variables, shapes, partitioner)
@@ -103,9 +152,11 @@ def initializer(config, optimizer="adamw", partitioner=None):
     return made, net, partitioner
 
 
-def trainer_arguments(config, optimizer="adamw", partitioner=None, state=None, seed=0, **kwargs):
+def trainer_arguments(
+    config, optimizer="adamw", partitioner=None, state=None, seed=0, build=model, **kwargs
+):
     """What train() would pass to a trainer, with a fresh train state or the one given."""
-    init, net, partitioner = initializer(config, optimizer, partitioner)
+    init, net, partitioner = initializer(config, optimizer, partitioner, build)
     arguments = dict(
         model=net,
         train_state=init.from_scratch(jax.random.PRNGKey(seed)) if state is None else state,
@@ -138,3 +189,43 @@ def leaves(tree):
 
     flat = traverse_util.flatten_dict(tree.state_dict(), sep="/")
     return {k: np.asarray(host.utils.get_local_data(v)) for k, v in flat.items()}
+
+
+def parse_gin(text, *bindings):
+    """Parses gin text as a run does, under a train() that takes what T5X's takes; returns train."""
+    gin.clear_config()
+    with gin.config.interactive_mode():
+        train = gin.configurable(sys.modules["__main__"].train)
+        gin.parse_config(text)
+        gin.parse_config(list(bindings))
+    gin.finalize()
+    return train
+
+
+@contextlib.contextmanager
+def gin_script():
+    """A __main__ with a train() for gin to bind, and gin's configuration cleared at the end."""
+    script = types.ModuleType("__main__")
+
+    def train(trainer_cls=None, train_state_initializer_cls=None):
+        return trainer_cls, train_state_initializer_cls
+
+    train.__module__ = "__main__"
+    script.train = train
+    gin.add_config_file_search_path(str(ROOT / "gin"))
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = script
+    try:
+        with gin.unlock_config():
+            yield parse_gin
+            gin.clear_config()
+    finally:
+        sys.modules["__main__"] = before
+
+
+def specs(axes):
+    """The axes of weights by path."""
+    flat = jax.tree_util.tree_flatten_with_path(
+        axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec
 
 import t5x_sparsity as ts
 from t5x_sparsity import host, masks
+from t5x_sparsity.core import flatten, train_step, unflatten
 from t5x_sparsity.plugin import SparseOptimizer
 from t5x_sparsity.plugin.optimizer import StepKind
-from t5x_sparsity.sparsify import flatten, unflatten, update_masks
 
 HYPER = {"learning_rate": 0.1}
 
@@ -147,16 +147,18 @@ def test_masks_equal_the_functional_cores(name):
     grads = parameters(5)
     _, after = jax.jit(lambda s, g: applied(optimizer, StepKind.UPDATE, s, g))(state, grads)
     plan = optimizer.plan(state.target)
-    expected, _, _ = update_masks(
-        optimizer.config,
+    expected = train_step(
         plan,
         state.state.sparsity,
         step=jnp.int32(0),
         weights=flatten(state.target),
         grads=flatten(grads),
+        optimizer_state=(),
+        gradient_step=None,  # RigL's update takes its place
+        updates_masks=True,
     )
     for path, mask in after.sparsity.masks.items():
-        np.testing.assert_array_equal(mask, expected.masks[path])
+        np.testing.assert_array_equal(mask, expected.state.masks[path])
 
 
 def test_state_dict_keeps_the_bases_paths_and_adds_masks(name):

@@ -162,13 +162,42 @@ def test_a_run_trains_reports_and_resumes_exactly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["magnitude", "set", "static", "dense"])
-def test_every_include_trains(tmp_path, method):
-    file = write_run(tmp_path, method, model="t5_1_1_tiny")
-    bindings = [MASKS] if method in ("magnitude", "set") else []
-    done = run(file, tmp_path / "run", *bindings, steps=8, devices=2)
+def test_dense_weights_under_a_mask_resume_exactly(tmp_path):
+    file = write_run(tmp_path, "magnitude_ste", model="t5_1_1_tiny")
+    whole = run(file, tmp_path / "whole", MASKS, steps=8, devices=2)
+    assert whole.returncode == 0, whole.stdout[-3000:]
+    for steps in (4, 8):
+        parts = run(file, tmp_path / "parts", MASKS, "MASK_UPDATE_END=7", steps=steps, devices=2)
+        assert parts.returncode == 0, parts.stdout[-3000:]
+    leaves = saved(tmp_path / "whole", 8)
+    assert_equal(leaves, saved(tmp_path / "parts", 8))
+    path = "decoder/layers_0/mlp/wi_0/kernel"
+    dense, weight = leaves[f"state/sparsity/dense/{path}"], leaves[f"target/{path}"]
+    assert np.count_nonzero(dense) == dense.size
+    np.testing.assert_array_equal(weight, np.where(weight != 0, dense, 0))
+    assert abs(np.count_nonzero(weight) - 0.2 * weight.size) <= 1
+
+
+@pytest.mark.slow
+def test_the_combination_example_trains_each_weight_its_way(tmp_path):
+    example = (ROOT / "examples/combined_stdlib.gin").read_text()
+    rules = example[example.index("t5x_sparsity.SparsityConfig.rules") :]
+    more = "import t5x_sparsity\nSPARSITY = 0.9\n" + rules[: rules.index("MODEL_DIR")]
+    file = write_run(tmp_path, "rigl", more=more)
+    done = run(file, tmp_path / "run", MASKS, "EVAL_PERIOD=8", "CHECKPOINT_PERIOD=8", steps=8)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "Sparsity at the end of the run" in done.stdout
+    leaves = saved(tmp_path / "run", 8)
+    levels = {}
+    for path, weight in leaves.items():
+        if path.startswith("target/") and f"state/sparsity/masks/{path[7:]}" in leaves:
+            levels[path[7:]] = np.mean(weight == 0)
+    kinds = {"mlp": 0.5, "attention": 0.9, "embedder": 1 - 0.1**0.5}
+    assert len(levels) == 8
+    for path, level in levels.items():
+        expected = next(x for kind, x in kinds.items() if kind in path)
+        assert level == pytest.approx(expected, abs=1e-3), path
+    wi = leaves["target/decoder/layers_0/mlp/wi_0/kernel"]
+    assert (np.count_nonzero(wi.reshape(-1, 4, wi.shape[-1]), axis=1) == 2).all()
 
 
 @pytest.mark.slow

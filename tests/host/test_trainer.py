@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 
 import t5x_sparsity as ts
 from t5x_sparsity import host, masks
+from t5x_sparsity.core import flatten
 from t5x_sparsity.plugin import SparseOptimizer, sparse_trainer
-from t5x_sparsity.sparsify import flatten
 
 COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
