@@ -2,9 +2,11 @@
 
     python benchmarks/steps.py --devices=1
     python benchmarks/steps.py --devices=4
+    python benchmarks/steps.py --methods=rigl,magnitude,snfs,magnitude_ste,top_kast
 
-Dense and sparse trainers take their steps in turn, so that a drift of the machine's speed hits all
-alike. Prints medians and ratios, and what the compiled steps gather between devices.
+Methods are gin files of gin/sparsity, with their defaults but for the steps of mask updates. Dense
+and sparse trainers take their steps in turn, so that a drift of the machine's speed hits all alike.
+Prints medians and ratios, and what the compiled steps gather between devices.
 """
 
 import os
@@ -12,12 +14,13 @@ import re
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from absl import app, flags
 
 _DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices, all model-parallel.")
-_METHODS = flags.DEFINE_list("methods", ["rigl"], "Of rigl, set, static, magnitude.")
-_SPARSITY = flags.DEFINE_float("sparsity", 0.8, "Sparsity.")
+_METHODS = flags.DEFINE_list("methods", ["rigl"], "Gin files of gin/sparsity.")
+_BINDINGS = flags.DEFINE_multi_string("binding", [], "Gin bindings of all methods.")
 _D_MODEL = flags.DEFINE_integer("d_model", 256, "Width; d_ff is four times that.")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Encoder layers, and as many decoder layers.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Sequences a batch.")
@@ -32,6 +35,31 @@ FEATURES = (
     "decoder_loss_weights",
 )
 COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def config_of(method: str):
+    """The configuration that the method's gin file makes."""
+    import gin
+
+    import __main__ as script
+    import t5x_sparsity as ts
+    from t5x_sparsity import host
+
+    script.train = host.train_lib.train  # which gin files bind
+    gin.clear_config()
+    gin.add_config_file_search_path(str(Path(__file__).parents[1] / "gin"))
+    gin.configurable(script.train)
+    text = Path(__file__).parents[1].joinpath("gin/sparsity", f"{method}.gin").read_text()
+    macros = {
+        "TRAIN_STEPS": 10**6,
+        "MASK_UPDATE_BEGIN": _PERIOD.value,
+        "MASK_UPDATE_END": 10**6 - 1,
+        "MASK_UPDATE_PERIOD": _PERIOD.value,
+    }
+    gin.parse_config(text)
+    gin.parse_config([f"{k} = {v}" for k, v in macros.items() if k in text])
+    gin.parse_config(_BINDINGS.value)
+    return gin.get_configurable(ts.SparsityConfig)()
 
 
 def make_trainer(method: str | None):
@@ -73,23 +101,11 @@ def make_trainer(method: str | None):
         {k: (_BATCH.value, _LENGTH.value) for k in FEATURES},
         partitioner,
     )
-    updates = ts.Periodic(begin=_PERIOD.value, end=10**6, period=_PERIOD.value)
-    algorithm = {
-        "rigl": lambda: ts.RigL(updates=updates),
-        "set": lambda: ts.SET(updates=updates),
-        "static": ts.Static,
-        "magnitude": lambda: ts.Magnitude(updates=updates),
-    }
     if method is None:
         initializer = host.TrainStateInitializer(*arguments)
         make = host.Trainer
     else:
-        initializer = ts.SparseTrainStateInitializer(
-            *arguments,
-            config=ts.SparsityConfig(
-                algorithm=algorithm[method](), sparsity=_SPARSITY.value, distribution="erk"
-            ),
-        )
+        initializer = ts.SparseTrainStateInitializer(*arguments, config=config_of(method))
 
         def make(**kwargs):
             return ts.sparse_trainer(host.Trainer, **kwargs)
