@@ -141,6 +141,11 @@ def init_state(config: SparsityConfig, plan: Plan, weights: Arrays) -> SparsityS
         masks = algorithm.initial_masks(part, own, key)
         stored |= {p: masks_lib.pack(masks[p], layer.pack_axis) for p, layer in part.items()}
         for name, arrays in algorithm.initial_slots(part, own, masks).items():
+            if name in ("masks", "rng") or "/" in name:
+                raise ValueError(
+                    f"{type(algorithm).__name__}.initial_slots names a slot {name!r}, but 'masks', "
+                    "'rng' and names with '/' are taken; rename it"
+                )
             slots.setdefault(name, {}).update(arrays)
     return SparsityState(
         masks={p: stored[p] for p in plan},
@@ -221,6 +226,7 @@ def train_step(
             forward_weights={p: forward[p] for p in part},
             slots={n: own for n, x in slots.items() if (own := {p: x[p] for p in part if p in x})},
             optimizer_state=optimizer_state,
+            paths=tuple(grads),
         )
 
     visible = dict(grads)
@@ -276,13 +282,13 @@ def _due(plan: Plan, step) -> list:
 def _updated(algorithm: Algorithm, part: Plan, update: Update, due) -> tuple[Arrays, Any]:
     """The masks and slots of an algorithm after an update step, if it is due."""
 
-    def moved(update):
+    def moved():
         masks = algorithm.update_masks(part, update)
         return masks, dict(algorithm.update_slots(part, update._replace(masks=masks)))
 
     if due is True:
-        return moved(update)
-    return lax.cond(due, moved, lambda update: (dict(update.masks), dict(update.slots)), update)
+        return moved()
+    return lax.cond(due, moved, lambda: (dict(update.masks), dict(update.slots)))
 
 
 def _merged(slots: Mapping[str, Arrays], new: Mapping[str, Arrays]) -> dict[str, Arrays]:

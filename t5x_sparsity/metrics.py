@@ -102,7 +102,7 @@ def summarize(
 
 
 def _is_global(layer) -> bool:
-    return layer.algorithm is not None and layer.algorithm.is_global
+    return layer.in_budget and layer.algorithm is not None and layer.algorithm.is_global
 
 
 def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:

@@ -63,6 +63,11 @@ class Rule:
             re.compile(self.path)
         except re.error as e:
             raise ValueError(f"rule path {self.path!r} is not a regular expression: {e}") from e
+        if self.sparsity is None and not getattr(self.algorithm, "is_dense", True):
+            raise ValueError(
+                f"the rule for {self.path!r} leaves its weights dense (sparsity None), but has the "
+                f"algorithm {self.algorithm}; leave one of them out"
+            )
         if self.sparsity not in (None, AUTO, "shared"):
             check_level(self.sparsity, f"sparsity of the rule for {self.path!r}", closed=True)
             fixed = self.pattern.fixed_level if self.pattern is not None else None
@@ -102,6 +107,7 @@ class LayerPlan:
       sparsity: target level of every slice, in [0, 1].
       pack_axis: axis its mask is packed along, None for a byte a weight.
       algorithm: what decides on its mask; None where a plan is used without one.
+      in_budget: whether its level is a share of the run's, and not one of its own.
     """
 
     path: str
@@ -112,6 +118,7 @@ class LayerPlan:
     sparsity: float
     pack_axis: int | None
     algorithm: Algorithm | None = None
+    in_budget: bool = False
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -244,6 +251,12 @@ def make_plan(
                     f"has {own_pattern.fixed_level} and takes no other; leave the rule's sparsity "
                     "out, or give it another pattern"
                 )
+            if rule is None and level != "shared":
+                raise ValueError(
+                    f"weight {path!r}: embedding_sparsity (EMBEDDING_SPARSITY) asks for {level}, "
+                    f"but {own_pattern} has {own_pattern.fixed_level} and takes no other; give "
+                    "embeddings a rule with the pattern Unstructured"
+                )
             level = own_pattern.fixed_level
         elif level == AUTO:
             level = 1 - math.sqrt(1 - sparsity)
@@ -258,7 +271,7 @@ def make_plan(
         {p: x.slices for p, x in shared.items()},
     )
     for path, layer in shared.items():
-        layers[path] = dataclasses.replace(layer, sparsity=levels[path])
+        layers[path] = dataclasses.replace(layer, sparsity=levels[path], in_budget=True)
     return {path: layers[path] for path in sorted(layers)}
 
 

@@ -69,8 +69,8 @@ def second_moments(
     if missing:
         raise ValueError(
             f"the optimizer keeps no second moment (nu or v) of the weights {missing}, which this "
-            "algorithm needs: train with Adam or AdamW, or with Adafactor and "
-            "adafactor.Adafactor.factored = False"
+            "algorithm needs: train with Adam or AdamW, or with an Adafactor that is not factored "
+            "(adafactor.Adafactor.factored = False)"
         )
     return found
 
@@ -80,6 +80,11 @@ def _name(keys) -> str:
 
 
 def _weight_of(name: str, paths: list[str]) -> str | None:
-    """The longest path in the slot's; of equals, as keys of a list are, the one it ends with."""
-    hits = [(p.count("/"), name.endswith(f"/{p}/"), p) for p in paths if not p or f"/{p}/" in name]
+    """The path that ends last in the slot's; of several, the longest.
+
+    What comes first in a slot's path are keys of the optimizer, which may be those of a weight.
+    """
+    hits = [
+        (name.rfind(f"/{p}/") + len(p), p.count("/"), p) for p in paths if not p or f"/{p}/" in name
+    ]
     return max(hits)[-1] if hits else None

@@ -59,8 +59,9 @@ def sparsify(
     """Wraps an optax optimizer so that it trains sparse.
 
     Weights that the masks prune come out of `optax.apply_updates` exactly 0; nothing else is needed
-    in the train loop. `apply_masks` zeroes them before the first step too, which is how a run
-    should start; `sparsity_summary` reports.
+    in the train loop. Nothing may come after it in an `optax.chain`: wrap it around the others, and
+    `optax.apply_if_finite` around it. `apply_masks` zeroes pruned weights before the first step
+    too, which is how a run should start; `sparsity_summary` reports.
 
     Args:
       tx: any optax transformation. `params` must be passed to its `update`.

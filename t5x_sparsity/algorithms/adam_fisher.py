@@ -30,7 +30,7 @@ class AdamFisher(GradualPruning):
     reset_optimizer: bool = False
 
     def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        moments = second_moments(update.optimizer_state, update.weights)
+        moments = second_moments(update.optimizer_state, update.weights, update.paths or None)
         return {p: jnp.square(w) * moments[p].astype(w.dtype) for p, w in update.weights.items()}
 
     def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:

@@ -42,6 +42,7 @@ class Update(NamedTuple):
       forward_weights: those that the forward pass used.
       slots: what the algorithm remembers: name -> path -> array, as `initial_slots` laid it out.
       optimizer_state: the base optimizer's, a pytree, as of `weights`.
+      paths: of all weights of the model, other algorithms' and dense ones too.
     """
 
     step: jax.Array
@@ -52,6 +53,7 @@ class Update(NamedTuple):
     forward_weights: Arrays | None = None
     slots: Slots = {}
     optimizer_state: Any = None
+    paths: tuple[str, ...] = ()
 
 
 class Need(enum.Enum):

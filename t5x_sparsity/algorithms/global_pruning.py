@@ -7,7 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Arrays, Slots, Update, choices, prune, scheduled_kept
+from t5x_sparsity.algorithms.base import (
+    Arrays,
+    Slots,
+    Update,
+    choices,
+    choose,
+    prune,
+    scheduled_kept,
+)
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.algorithms.saliency import Saliency, add_gradients, gradient_sums, saliencies
 from t5x_sparsity.lamp import lamp_masks
@@ -21,7 +29,9 @@ NORMALIZATIONS = ("norm", "lamp", None)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlobalMagnitude(GradualPruning):
-    """Magnitude pruning with one threshold over all weights; layers have no level of their own.
+    """Magnitude pruning with one threshold over all weights of the shared budget.
+
+    Weights whose rule gives them a level are pruned to it, each by itself.
 
     Each slice of a stack is a layer.
 
@@ -49,9 +59,12 @@ class GlobalMagnitude(GradualPruning):
             scores = {p: _over_norm(x, plan[p]) for p, x in scores.items()}
         share = self.level(self.updates.progress(update.step))
         kept = scheduled_kept(plan, share)
-        return select_jointly(
-            choices(plan, scores, kept, where=update.masks),
-            total_kept(plan, kept),
+        own = {p: layer for p, layer in plan.items() if not layer.in_budget}
+        joint = {p: layer for p, layer in plan.items() if layer.in_budget}
+        found = choose(own, scores, kept, where=update.masks)
+        return found | select_jointly(
+            choices(joint, scores, kept, where=update.masks),
+            total_kept(joint, kept),
             search=lamp_masks if self.normalization == "lamp" else None,
         )
 

@@ -39,7 +39,10 @@ class SNFS(DropAndGrow):
 
     def observe(self, plan: Plan, update: Update) -> Slots:
         def moved(mean, grad):
-            return self.momentum * mean + (1 - self.momentum) * grad.astype(jnp.float32)
+            grad = grad.astype(jnp.float32)
+            # one gradient that is not finite would stay in the mean for good
+            grad = jnp.where(jnp.isfinite(grad), grad, mean)
+            return self.momentum * mean + (1 - self.momentum) * grad
 
         mean = update.slots["momentum"]
         return {"momentum": {p: moved(mean[p], update.grads[p]) for p in plan}}

@@ -29,7 +29,8 @@ class UnderMask(Algorithm):
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
         del plan, masks
-        return {DENSE: dict(weights)}
+        # copies: a train loop may donate the weights and this state together
+        return {DENSE: {p: jnp.array(w, copy=True) for p, w in weights.items()}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

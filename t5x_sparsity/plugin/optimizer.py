@@ -185,11 +185,17 @@ class SparseOptimizer(host.OptimizerDef):
         )
         own = opt_state.sparsity
         expected = _sparsity_leaves(own)
+        if not sparse:
+            raise ValueError(
+                "the state to restore has no masks: a dense run has made it, or one without "
+                "sparsity/*.gin; start in another MODEL_DIR"
+            )
         if set(sparse) != set(expected):
             raise ValueError(
-                "the state to restore was made with other rules of sparsity: missing "
-                f"{sorted(set(expected) - set(sparse))}, unexpected "
-                f"{sorted(set(sparse) - set(expected))}"
+                "the state to restore was made with other rules of sparsity or by another "
+                f"algorithm: missing {sorted(set(expected) - set(sparse))}, unexpected "
+                f"{sorted(set(sparse) - set(expected))}; resume with the configuration that made "
+                "it, or start in another MODEL_DIR"
             )
         sparsity = SparsityState(
             masks={p: sparse[f"{_SPARSITY}masks/{p}"] for p in own.masks},

@@ -217,3 +217,10 @@ def test_without_the_sparse_trainer_it_does_not_train(name):
     state = optimizer.create(parameters())
     with pytest.raises(ValueError, match=r"not its trainer.*Include sparsity/\*\.gin last"):
         state.apply_gradient(parameters(), **HYPER)
+
+
+def test_restore_of_a_dense_state_says_so():
+    optimizer = made("adamw")
+    stored = optimizer.base.create(parameters()).state_dict()
+    with pytest.raises(ValueError, match="no masks: a dense run has made it"):
+        optimizer.create(parameters()).restore_state(stored)

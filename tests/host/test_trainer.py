@@ -1,5 +1,6 @@
 """The trainer that the host is given."""
 
+import functools
 import re
 import types
 
@@ -14,6 +15,8 @@ import t5x_sparsity as ts
 from t5x_sparsity import host, masks
 from t5x_sparsity.core import flatten
 from t5x_sparsity.plugin import SparseOptimizer, sparse_trainer
+from t5x_sparsity.plugin.optimizer import StepKind
+from t5x_sparsity.plugin.trainer import with_optimizer
 
 COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
@@ -208,34 +211,31 @@ def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
         init._check_masks_divide()
 
 
-@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 1), (4, 1), (1, 4), (2, 2)])
+@functools.cache
+def updated(data, model):
+    """The train state after one mask update from fixed weights and gradients, on a mesh."""
+    init, _, partitioner = rig.initializer(rig.rigl(), partitioner=rig.MeshPartitioner(data, model))
+    state = init.from_scratch(jax.random.PRNGKey(0))
+    leaves, treedef = jax.tree.flatten(state.params)
+    grads = treedef.unflatten(
+        [
+            np.asarray(jax.random.normal(jax.random.key(i), x.shape, x.dtype))
+            for i, x in enumerate(leaves)
+        ]
+    )
+    driven = state._optimizer.optimizer_def.for_step(StepKind.UPDATE)
+    axes = with_optimizer(init.train_state_axes, driven)
+    step = partitioner.partition(
+        lambda s, g: s.apply_gradient(g, learning_rate=0.1),
+        in_axis_resources=(axes, axes.params),
+        out_axis_resources=axes,
+    )
+    return step(with_optimizer(state, driven), grads)
+
+
+@pytest.mark.parametrize(("data", "model"), [(2, 1), (4, 1), (1, 4), (2, 2)])
 def test_masks_are_the_same_on_every_mesh(data, model):
     """From the same weights and gradients, bit for bit; each mask is sharded as its weight."""
-
-    def updated(data, model):
-        init, _, partitioner = rig.initializer(
-            rig.rigl(), partitioner=rig.MeshPartitioner(data, model)
-        )
-        state = init.from_scratch(jax.random.PRNGKey(0))
-        leaves, treedef = jax.tree.flatten(state.params)
-        grads = treedef.unflatten(
-            [
-                np.asarray(jax.random.normal(jax.random.key(i), x.shape, x.dtype))
-                for i, x in enumerate(leaves)
-            ]
-        )
-        from t5x_sparsity.plugin.optimizer import StepKind
-        from t5x_sparsity.plugin.trainer import with_optimizer
-
-        driven = state._optimizer.optimizer_def.for_step(StepKind.UPDATE)
-        axes = with_optimizer(init.train_state_axes, driven)
-        step = partitioner.partition(
-            lambda s, g: s.apply_gradient(g, learning_rate=0.1),
-            in_axis_resources=(axes, axes.params),
-            out_axis_resources=axes,
-        )
-        return step(with_optimizer(state, driven), grads)
-
     one, many = updated(1, 1), updated(data, model)
     ours, theirs = mask_bytes(many), mask_bytes(one)
     for path in theirs:
@@ -251,7 +251,7 @@ def test_masks_are_the_same_on_every_mesh(data, model):
 
 def test_runs_agree_on_every_mesh():
     losses = {}
-    for data, model in ((1, 1), (2, 1), (1, 4), (2, 2)):
+    for data, model in ((1, 1), (2, 2)):
         trainer = rig.trainer(rig.rigl(), partitioner=rig.MeshPartitioner(data, model))
         losses[data, model] = [float(rig.run(trainer, 1, start=i)["loss"].value) for i in range(6)]
         trainer.close()
