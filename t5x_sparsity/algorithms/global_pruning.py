@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.base import (
-    Arrays,
-    Slots,
     Update,
     choices,
     choose,
@@ -17,7 +15,7 @@ from t5x_sparsity.algorithms.base import (
     scheduled_kept,
 )
 from t5x_sparsity.algorithms.gradual import GradualPruning
-from t5x_sparsity.algorithms.saliency import Saliency, add_gradients, gradient_sums, saliencies
+from t5x_sparsity.algorithms.saliency import Saliency
 from t5x_sparsity.lamp import lamp_masks
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.select import Count
@@ -70,33 +68,16 @@ class GlobalMagnitude(GradualPruning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GlobalSaliency(GlobalMagnitude):
+class GlobalSaliency(GlobalMagnitude, Saliency):
     """`Saliency` with one threshold over all weights.
 
     With one update, the first step's, it is SNIP (Lee et al. 2018, arXiv:1810.02340, Algorithm 1),
     but for its division by the sum of all scores, which moves no weight.
-
-    Attributes:
-      gradient_steps: as in `Saliency`.
     """
 
-    gradient_steps: int = 1
-
     def __post_init__(self):
-        super().__post_init__()
+        GlobalMagnitude.__post_init__(self)
         Saliency.__post_init__(self)
-
-    def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
-        return gradient_sums(self, plan)
-
-    def observe(self, plan: Plan, update: Update) -> Slots:
-        return add_gradients(self, update)
-
-    def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return saliencies(update)
-
-    def update_slots(self, plan: Plan, update: Update) -> Slots:
-        return Saliency.update_slots(self, plan, update)
 
 
 def _over_norm(scores: jax.Array, layer) -> jax.Array:

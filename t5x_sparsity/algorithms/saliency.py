@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import jax.numpy as jnp
 from t5x_sparsity.algorithms.base import Arrays, Slots, Update
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.plan import Plan
+
+_SUMS = "gradient_sums"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,46 +38,26 @@ class Saliency(GradualPruning):
             )
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
-        return gradient_sums(self, plan)
+        if self.gradient_steps == 1:
+            return {}
+        return {_SUMS: {p: jnp.zeros(layer.shape, jnp.float32) for p, layer in plan.items()}}
 
     def observe(self, plan: Plan, update: Update) -> Slots:
-        return add_gradients(self, update)
+        """Adds this step's gradients, if an update is so near that they count."""
+        if _SUMS not in update.slots:
+            return update.slots
+        left = self.updates.until_next(update.step)
+        counts, first = left < self.gradient_steps, left == self.gradient_steps - 1
+
+        def added(total, grad):
+            return jnp.where(first, 0, total) + jnp.where(counts, grad.astype(jnp.float32), 0)
+
+        return {_SUMS: {p: added(x, update.grads[p]) for p, x in update.slots[_SUMS].items()}}
 
     def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return saliencies(update)
+        # a sum of gradients orders as their mean does
+        grads = update.slots.get(_SUMS, update.grads)
+        return {p: jnp.abs(w * grads[p].astype(w.dtype)) for p, w in update.forward_weights.items()}
 
     def update_slots(self, plan: Plan, update: Update) -> Slots:
-        return {name: _zeros(x) for name, x in update.slots.items()}
-
-
-_SUMS = "gradient_sums"
-
-
-def gradient_sums(algorithm, plan: Plan) -> dict[str, Arrays]:
-    """Slots for gradients summed over `algorithm.gradient_steps` steps; none for a single step."""
-    if algorithm.gradient_steps == 1:
-        return {}
-    return {_SUMS: {p: jnp.zeros(layer.shape, jnp.float32) for p, layer in plan.items()}}
-
-
-def add_gradients(algorithm, update: Update) -> Slots:
-    """Adds this step's gradients, if an update is so near that they count."""
-    if _SUMS not in update.slots:
-        return update.slots
-    left = algorithm.updates.until_next(update.step)
-    counts, first = left < algorithm.gradient_steps, left == algorithm.gradient_steps - 1
-
-    def added(total, grad):
-        return jnp.where(first, 0, total) + jnp.where(counts, grad.astype(jnp.float32), 0)
-
-    return {_SUMS: {p: added(x, update.grads[p]) for p, x in update.slots[_SUMS].items()}}
-
-
-def saliencies(update: Update) -> dict[str, jax.Array]:
-    """|w g|; a sum of gradients orders as their mean does."""
-    grads = update.slots.get(_SUMS, update.grads)
-    return {p: jnp.abs(w * grads[p].astype(w.dtype)) for p, w in update.forward_weights.items()}
-
-
-def _zeros(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {p: jnp.zeros_like(x) for p, x in arrays.items()}
+        return jax.tree.map(jnp.zeros_like, dict(update.slots))
