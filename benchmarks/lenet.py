@@ -11,7 +11,7 @@ Model: 784-300-100-10, ReLU. The last layer is dense, as in the code of RigL's a
 the level between the other two, for every method that has levels a layer. SRigL has a constant
 fan-in. At 2:4 every method has the pattern 2:4 on the hidden layers. small-dense is a dense net
 with widths 3 to 1 that has as many weights, SNIP is saliency pruning at the first step, layer by
-layer as in RigL's code.
+layer.
 
 Training: SGD with Nesterov momentum 0.9, batches of 100, L2 1e-4 as in RigL's code; the rate falls
 to 0 by a cosine. Masks change every 20 steps until 75% of training; gradual pruning ramps from 25%
