@@ -81,6 +81,7 @@ __all__ = [
     "SRSTE",
     "SRigL",
     "Saliency",
+    "SparseOptimizer",
     "SparseTrainStateInitializer",
     "SparsityConfig",
     "Static",
@@ -88,6 +89,8 @@ __all__ = [
     "TopKAST",
     "Unstructured",
     "apply_masks",
+    "checkpoint_step",
+    "from_dense",
     "host",
     "sparse_trainer",
     "sparsify",
@@ -96,7 +99,10 @@ __all__ = [
 
 # Names that need a host, T5X or the embedded one: loaded when a gin file or a user asks for them.
 _LAZY = {
+    "SparseOptimizer": "t5x_sparsity.plugin",
     "SparseTrainStateInitializer": "t5x_sparsity.plugin",
+    "checkpoint_step": "t5x_sparsity.plugin",
+    "from_dense": "t5x_sparsity.plugin",
     "sparse_trainer": "t5x_sparsity.plugin",
 }
 

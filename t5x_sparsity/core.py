@@ -132,13 +132,23 @@ def schedules(plan: Plan) -> list[UpdateSchedule]:
     return found
 
 
-def init_state(config: SparsityConfig, plan: Plan, weights: Arrays) -> SparsityState:
-    """The state a run starts from; `weights` holds at least the sparse ones, by path."""
+def init_state(
+    config: SparsityConfig, plan: Plan, weights: Arrays, *, trained: bool = False
+) -> SparsityState:
+    """The state a run starts from.
+
+    Args:
+      config: of the run.
+      plan: of the sparse weights.
+      weights: at least the sparse ones, by path.
+      trained: whether they are of a dense checkpoint: masks that would start at random then keep
+        the largest.
+    """
     key = jax.random.key(config.seed, impl=_KEY_IMPL)
     stored, slots = {}, {}
     for algorithm, part in groups(plan):
         own = {p: weights[p] for p in part}
-        masks = algorithm.initial_masks(part, own, key)
+        masks = algorithm.initial_masks(part, own, None if trained else key)
         stored |= {p: masks_lib.pack(masks[p], layer.pack_axis) for p, layer in part.items()}
         for name, arrays in algorithm.initial_slots(part, own, masks).items():
             if name in ("masks", "rng") or "/" in name:

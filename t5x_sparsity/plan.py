@@ -125,6 +125,17 @@ class LayerPlan:
         return tuple(n for a, n in enumerate(self.shape) if a not in self.stack_axes)
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """`slice_shape`, with heads and their width as the one dim they are to a matrix product."""
+        free = [a for a in range(len(self.shape)) if a not in self.stack_axes]
+        names = [self.axes[a] if a < len(self.axes or ()) else None for a in free]
+        dims = list(self.slice_shape)
+        for i in reversed(range(len(dims) - 1)):
+            if names[i : i + 2] == ["heads", "kv"]:
+                dims[i : i + 2] = [dims[i] * dims[i + 1]]
+        return tuple(dims)
+
+    @property
     def slice_size(self) -> int:
         return math.prod(self.slice_shape)
 
@@ -266,7 +277,7 @@ def make_plan(
             layers[path] = dataclasses.replace(layer, sparsity=float(level))
     levels = distributions.distribute(
         distribution,
-        {p: x.slice_shape for p, x in shared.items()},
+        {p: x.matrix_shape for p, x in shared.items()},
         sparsity,
         {p: x.slices for p, x in shared.items()},
     )

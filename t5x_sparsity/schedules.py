@@ -37,8 +37,13 @@ class UpdateSchedule(Protocol):
 _NEVER = np.int32(2**30)
 
 
-def resolve_step(value: int | float, total_steps: int | None, name: str) -> int:
-    """An int is a step; a float in [0, 1] is a share of `total_steps`, 1.0 the last step."""
+def resolve_step(
+    value: int | float, total_steps: int | None, name: str, start_step: int = 0
+) -> int:
+    """An int is a step; a float in [0, 1] is a share of a run's steps, 1.0 the last step.
+
+    The run has the steps from `start_step`, where it begins, up to `total_steps`.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(
             f"{name} must be a step (int) or a share of the run (float), got {value!r}"
@@ -57,7 +62,17 @@ def resolve_step(value: int | float, total_steps: int | None, name: str) -> int:
             f"{name} is a share of the run ({value}), which needs total_steps (gin: TRAIN_STEPS); "
             "bind it, or give a step as an integer"
         )
-    return min(round(value * total_steps), max(total_steps - 1, 0))
+    if start_step and total_steps <= start_step:
+        raise ValueError(
+            f"the run starts at step {start_step} and total_steps (gin: TRAIN_STEPS) is "
+            f"{total_steps}, which counts the steps before the start too; set it above {start_step}"
+        )
+    return min(start_step + round(value * (total_steps - start_step)), max(total_steps - 1, 0))
+
+
+def _check_start_step(value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"start_step must be a step, an integer of at least 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,20 +80,31 @@ class Periodic:
     """Updates at begin, begin + period, ... and at end, where the grid misses it.
 
     Attributes:
-      begin: first update step, an int >= 0, or a float in [0, 1]: a share of total_steps.
+      begin: first update step, an int >= 0, or a float in [0, 1]: a share of the run.
       end: last update step, likewise.
       period: steps from one update to the next, >= 1.
-      total_steps: length of the run in steps; needed where begin or end is a share.
+      total_steps: the step at which the run ends; needed where begin or end is a share.
+      start_step: the step at which the run starts: above 0 where it goes on from a checkpoint of
+        another run. Shares are of the steps from here on, and no update comes before.
     """
 
     begin: int | float
     end: int | float
     period: int
     total_steps: int | None = None
+    start_step: int = 0
 
     def __post_init__(self):
-        begin = resolve_step(self.begin, self.total_steps, "begin (MASK_UPDATE_BEGIN)")
-        end = resolve_step(self.end, self.total_steps, "end (MASK_UPDATE_END)")
+        start = self.start_step
+        _check_start_step(start)
+        begin = resolve_step(self.begin, self.total_steps, "begin (MASK_UPDATE_BEGIN)", start)
+        end = resolve_step(self.end, self.total_steps, "end (MASK_UPDATE_END)", start)
+        if end < start:
+            raise ValueError(
+                f"mask updates would end at step {end} before the run starts at step {start}; set "
+                "MASK_UPDATE_END to a later step, or to a share of the run"
+            )
+        begin = max(begin, start)
         if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
             raise ValueError(
                 f"period (MASK_UPDATE_PERIOD) must be an integer of at least 1, got {self.period!r}"
@@ -111,13 +137,16 @@ class Periodic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneShot:
-    """A single update at `step`: an int, or a float share of total_steps."""
+    """A single update at `step`: an int, or a float share of the run, as for `Periodic`."""
 
     step: int | float
     total_steps: int | None = None
+    start_step: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "step", resolve_step(self.step, self.total_steps, "step"))
+        _check_start_step(self.start_step)
+        step = resolve_step(self.step, self.total_steps, "step", self.start_step)
+        object.__setattr__(self, "step", step)
 
     @property
     def last(self) -> int:

@@ -8,7 +8,7 @@ from meshes import assert_moves_no_weight, collectives, mesh, put, quick_jit
 from test_select import oracle
 
 from t5x_sparsity.algorithms import SET, Dense, Magnitude, RigL, Static, Update
-from t5x_sparsity.algorithms.base import random_masks, random_scores, scheduled_kept
+from t5x_sparsity.algorithms.base import choose, random_scores, scheduled_kept
 from t5x_sparsity.patterns import NByM
 from t5x_sparsity.plan import Rule, make_plan
 from t5x_sparsity.schedules import Constant, Cosine, Listed, OneShot, Periodic, Polynomial
@@ -408,7 +408,9 @@ def test_random_masks_keep_every_weight_as_often():
     plan = make_plan({"w": jax.ShapeDtypeStruct((6, 10), jnp.float32)}, sparsity=0.8)
     runs = 600
     keys = jax.random.split(key(3), runs)
-    found = np.asarray(quick_jit(jax.vmap(lambda k: random_masks(plan, k)["w"]))(keys))
+    found = np.asarray(
+        quick_jit(jax.vmap(lambda k: choose(plan, random_scores(plan, k))["w"]))(keys)
+    )
     assert (found.sum(axis=(1, 2)) == 12).all()
     assert np.abs(found.mean(axis=0) - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / runs)
 

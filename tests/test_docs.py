@@ -16,7 +16,11 @@ import t5x_sparsity as ts
 from t5x_sparsity.core import init_state
 
 DOCS = rig.ROOT / "docs"
-INCLUDES = sorted(p.stem for p in (rig.ROOT / "gin/sparsity").glob("*.gin") if p.stem != "base")
+INCLUDES = sorted(
+    p.stem
+    for p in (rig.ROOT / "gin/sparsity").glob("*.gin")
+    if p.stem not in ("base", "from_dense")
+)
 
 
 def tables(page):

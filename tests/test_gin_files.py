@@ -17,7 +17,9 @@ from t5x_sparsity import host, tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODELS = sorted((ROOT / "gin/sparsity/embedded").glob("*_*.gin"))
-METHODS = sorted(p for p in (ROOT / "gin/sparsity").glob("*.gin") if p.stem != "base")
+METHODS = sorted(
+    p for p in (ROOT / "gin/sparsity").glob("*.gin") if p.stem not in ("base", "from_dense")
+)
 RUN = ROOT / "gin/sparsity/embedded/pretrain.gin"
 STDLIB = ROOT / "examples/rigl_stdlib.gin"
 COMBINED = ROOT / "examples/combined_stdlib.gin"

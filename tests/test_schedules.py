@@ -220,3 +220,36 @@ def test_values():
     assert rise[-1] == np.float32(0.6)
     # at a rate of 5 the last step down is one of less than 1%
     assert 0 < at(Exponential(), 0.999)[0] < 0.01
+
+
+def test_shares_are_of_the_steps_from_the_start():
+    schedule = Periodic(begin=0.25, end=0.75, period=100, total_steps=1400, start_step=1000)
+    assert (schedule.begin, schedule.end) == (1100, 1300)
+    assert steps_of(schedule, 1400) == [1100, 1200, 1300]
+    assert float(schedule.progress(1200)) == 0.5
+    assert Periodic(begin=0.0, end=1.0, period=1, total_steps=1400, start_step=1000).end == 1399
+    assert OneShot(step=0.5, total_steps=1400, start_step=1000).step == 1200
+
+
+def test_no_update_comes_before_the_start():
+    schedule = Periodic(begin=0, end=0.75, period=100, total_steps=1400, start_step=1000)
+    assert (schedule.begin, schedule.end) == (1000, 1300)
+    assert float(schedule.progress(1000)) == 0
+    assert Periodic(begin=1200, end=1300, period=5, start_step=1000).begin == 1200
+
+
+@pytest.mark.parametrize("start", [-1, 0.5, True, "10"])
+def test_start_must_be_a_step(start):
+    with pytest.raises(ValueError, match="start_step must be a step, an integer of at least 0"):
+        Periodic(begin=0, end=10, period=1, start_step=start)
+    with pytest.raises(ValueError, match="start_step must be a step, an integer of at least 0"):
+        OneShot(step=3, start_step=start)
+
+
+def test_a_run_must_end_after_its_start():
+    with pytest.raises(
+        ValueError, match=r"starts at step 1000 and total_steps \(gin: TRAIN_STEPS\) is 100, which"
+    ):
+        Periodic(begin=0.0, end=0.75, period=1, total_steps=100, start_step=1000)
+    with pytest.raises(ValueError, match="end at step 500 before the run starts at step 1000"):
+        Periodic(begin=0, end=500, period=1, start_step=1000)

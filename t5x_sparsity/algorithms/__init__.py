@@ -12,9 +12,9 @@ from t5x_sparsity.algorithms.base import (
     grown,
     magnitudes,
     prune,
-    random_masks,
     random_scores,
     scheduled_kept,
+    start_scores,
 )
 from t5x_sparsity.algorithms.decaying_mask import DecayingMask, StructureDecay
 from t5x_sparsity.algorithms.drop_and_grow import SET, DropAndGrow, RigL
@@ -65,7 +65,7 @@ __all__ = [
     "grown",
     "magnitudes",
     "prune",
-    "random_masks",
+    "start_scores",
     "random_scores",
     "scheduled_kept",
 ]

@@ -85,8 +85,14 @@ class Algorithm:
     is_global: bool = False
     is_dense: bool = False
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
-        """The masks a run starts with: bool, the weights' shapes."""
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """The masks a run starts with: bool, the weights' shapes.
+
+        key is None where the weights are trained ones, of a dense checkpoint; an algorithm that
+        starts with random masks then starts with those of the largest weights (`start_scores`).
+        """
         del weights, key
         return dense_masks(plan)
 
@@ -164,9 +170,9 @@ def dense_masks(plan: Plan) -> dict[str, jax.Array]:
     return {path: jnp.ones(layer.shape, bool) for path, layer in plan.items()}
 
 
-def random_masks(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
-    """Uniformly random masks at the target level, exact per slice."""
-    return choose(plan, random_scores(plan, key))
+def start_scores(plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
+    """What a run that starts sparse keeps the largest of: chance, or |w| of trained weights."""
+    return magnitudes(weights) if key is None else random_scores(plan, key)
 
 
 def random_scores(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:

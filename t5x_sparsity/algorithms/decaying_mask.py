@@ -89,7 +89,9 @@ class StructureDecay(UnderMask):
     def dense_gradients(self) -> Need:
         return Need.ALWAYS if self.straight_through else Need.NEVER
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
         require_pattern(self, plan, NByM)
         return super().initial_masks(plan, weights, key)
 

@@ -16,8 +16,8 @@ from t5x_sparsity.algorithms.base import (
     choose,
     grown,
     magnitudes,
-    random_masks,
     random_scores,
+    start_scores,
 )
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.schedules import Cosine, UpdateSchedule, ValueSchedule
@@ -48,10 +48,11 @@ class DropAndGrow(Algorithm):
     def replaces_gradient_step(self) -> bool:
         return not self.take_gradient_step
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
-        """Random, at the target level."""
-        del weights
-        return random_masks(plan, key)
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """At the target level: random, or the largest of trained weights."""
+        return choose(plan, start_scores(plan, weights, key))
 
     def drop_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         """float, the weights' shapes: the smallest among active weights go. Here |w|."""

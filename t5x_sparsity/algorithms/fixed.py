@@ -6,21 +6,22 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.base import Algorithm, Arrays, random_masks
+from t5x_sparsity.algorithms.base import Algorithm, Arrays, choose, start_scores
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.schedules import Never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static(Algorithm):
-    """A random mask at the target level, kept throughout."""
+    """A mask at the target level, kept throughout: random, or of the largest trained weights."""
 
     updates = Never()
     masks_gradients = True
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
-        del weights
-        return random_masks(plan, key)
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        return choose(plan, start_scores(plan, weights, key))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from t5x_sparsity.algorithms.base import (
     Update,
     choose,
     magnitudes,
-    random_scores,
     scheduled_kept,
+    start_scores,
 )
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow, swap
 from t5x_sparsity.plan import Plan
@@ -55,9 +55,10 @@ class GraNet(DropAndGrow):
         start = min(1.0, self.initial_sparsity / target) if target else 1.0
         return scheduled_kept(plan, start + (1 - start) * self.ramp(progress))
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
-        del weights
-        return choose(plan, random_scores(plan, key), self.kept(plan, jnp.float32(0)))
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        return choose(plan, start_scores(plan, weights, key), self.kept(plan, jnp.float32(0)))
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         progress = self.updates.progress(update.step)

@@ -6,7 +6,13 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.base import Update, choose, require_pattern, scheduled_kept
+from t5x_sparsity.algorithms.base import (
+    Arrays,
+    Update,
+    choose,
+    require_pattern,
+    scheduled_kept,
+)
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.patterns import NByM
 from t5x_sparsity.plan import Plan
@@ -21,7 +27,9 @@ class IterativeNM(GradualPruning):
     Every weight's pattern must be NByM.
     """
 
-    def initial_masks(self, plan: Plan, weights, key):
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
         require_pattern(self, plan, NByM)
         return super().initial_masks(plan, weights, key)
 

@@ -42,7 +42,9 @@ class SRigL(RigL):
                 f"{self.ablation_threshold!r}"
             )
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
         require_pattern(self, plan, ConstantFanIn)
         return super().initial_masks(plan, weights, key)
 

@@ -15,8 +15,8 @@ from t5x_sparsity.algorithms.base import (
     Update,
     choose,
     magnitudes,
-    random_scores,
     scheduled_kept,
+    start_scores,
 )
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.schedules import Constant, UpdateSchedule, ValueSchedule
@@ -47,12 +47,14 @@ class StraightThrough(UnderMask):
     updates: UpdateSchedule
     level: ValueSchedule = Constant(value=1.0)
 
-    def scores(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+    def scores(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
         """float, the weights' shapes: the largest are kept. Here |w|."""
         del plan, key
         return magnitudes(weights)
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
         kept = scheduled_kept(plan, self.level(jnp.float32(0)))
         return choose(plan, self.scores(plan, weights, key), kept)
 
@@ -70,8 +72,8 @@ class MagnitudeSTE(StraightThrough):
 class RandomSTE(StraightThrough):
     """Straight-through training under masks drawn at random, a new one at every update."""
 
-    def scores(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
-        return random_scores(plan, key)
+    def scores(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
+        return start_scores(plan, weights, key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

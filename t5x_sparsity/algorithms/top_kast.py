@@ -55,7 +55,9 @@ class TopKAST(UnderMask):
                 f"regularizer (REGULARIZER) must not be negative, got {self.regularizer!r}"
             )
 
-    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array) -> dict[str, jax.Array]:
+    def initial_masks(
+        self, plan: Plan, weights: Arrays, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
         del key
         return choose(plan, magnitudes(weights))
 

@@ -28,11 +28,6 @@ _PREFIX = "checkpoint"
 _STATE, _DATASET = "state", "dataset"
 _SHOWN = 5
 
-MISSING_MASKS = (
-    "The checkpoint {path} holds no masks: it was written by a dense run, and this run is sparse. "
-    "Set the gin macro MODEL_DIR to another folder to train sparse from the start."
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class SavedLeaf:
@@ -103,9 +98,10 @@ def plan_restore(
     *,
     is_resuming: bool = False,
     fallback_to_scratch: bool = False,
-    drop_unexpected: bool = False,
 ) -> dict[str, SavedLeaf]:
     """Which array of the checkpoint goes to which leaf of the model, from the metadata alone.
+
+    Arrays that the model doesn't have are left out, with a warning, as T5X does.
 
     Args:
       path: the checkpoint.
@@ -113,11 +109,10 @@ def plan_restore(
       transformations: applied in turn to the checkpoint's nested dict of `SavedLeaf`.
       is_resuming: passed on to the transformations.
       fallback_to_scratch: leaves that the checkpoint lacks are left out rather than an error.
-      drop_unexpected: arrays that the model doesn't have are ignored rather than an error.
 
     Raises:
-      ValueError: a leaf is missing, unexpected or of another shape; all of them are counted and the
-        first few shown.
+      ValueError: a leaf is missing or of another shape; all of them are counted and the first few
+        shown.
     """
     wanted = _leaves(expected)
     saved: Any = saved_leaves(path)
@@ -127,19 +122,22 @@ def plan_restore(
             nested = transform(nested, dict(expected), is_resuming=is_resuming)
         saved = traverse_util.flatten_dict(nested, sep="/")
     missing = [] if fallback_to_scratch else [name for name in wanted if name not in saved]
-    unexpected = [] if drop_unexpected else [name for name in saved if name not in wanted]
+    unexpected = [name for name in saved if name not in wanted]
     both = [name for name in wanted if name in saved]
     misshapen = [name for name in both if tuple(wanted[name].shape) != saved[name].shape]
-    if missing or unexpected or misshapen:
+    if missing or misshapen:
         raise ValueError(_mismatch(path, wanted, saved, missing, unexpected, misshapen))
+    if unexpected:
+        logging.warning(
+            "%d arrays of %s are not of this run and are left out, such as %s",
+            len(unexpected),
+            path,
+            ", ".join(sorted(unexpected)[:_SHOWN]),
+        )
     return {name: saved[name] for name in both}
 
 
 def _mismatch(path, wanted, saved, missing, unexpected, misshapen) -> str:
-    sparse = [name for name in missing if name.startswith("state/sparsity/")]
-    masks = any(name.startswith("state/sparsity/masks/") for name in sparse)
-    if masks and len(sparse) == len(missing) and not unexpected and not misshapen:
-        return MISSING_MASKS.format(path=path)
     lines = [
         f"The checkpoint {path} doesn't fit this run: it was written by another model or "
         "optimizer. Use another MODEL_DIR, or the configuration that wrote it."
@@ -158,11 +156,6 @@ def _mismatch(path, wanted, saved, missing, unexpected, misshapen) -> str:
             lines += [f"  {name}: {describe(name)}" for name in sorted(names)[:_SHOWN]]
             if len(names) > _SHOWN:
                 lines.append(f"  ... and {len(names) - _SHOWN} more")
-    if unexpected and not missing and not misshapen:
-        lines.append(
-            "To start from it without these leaves, set utils.RestoreCheckpointConfig with this "
-            "path, mode = 'specific' and strict = False, and another MODEL_DIR."
-        )
     return "\n".join(lines)
 
 
@@ -326,7 +319,8 @@ class OrbaxCheckpointManagerInterface:
         )
         result = traverse_util.flatten_dict(dict(expected), sep="/", keep_empty_nodes=True)
         if fallback_state is not None:
-            result.update(_leaves(fallback_state))
+            # a None, too: it says that the train state itself makes the leaf
+            result.update(traverse_util.flatten_dict(dict(fallback_state), sep="/"))
         for source, value in traverse_util.flatten_dict(read, sep="/").items():
             (first, _, _), *others = readers[source]
             result[first] = value

@@ -1,7 +1,8 @@
-"""Optimizers under T5X's interface: the base definition, its state, and wrapped optax.
+"""Optimizers under T5X's interface: the base definition, its state, several at once, wrapped optax.
 
 An `OptimizerDef` holds no arrays; it makes an `OptimizerState` for parameters and applies gradients
-to both. `OptaxWrapper` gives any optax transformation that interface.
+to both. `OptaxWrapper` gives any optax transformation that interface, `MultiOptimizer` gives
+parameters optimizers of their own.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import serialization, struct, traverse_util
+from flax.core import FrozenDict, freeze, unfreeze
 
 PyTree = Any
 
@@ -182,6 +184,113 @@ class OptaxWrapper(OptimizerDef):
         )
 
 
+class MultiOptimizer(OptimizerDef):
+    """Optimizers of their own for parts of the parameters.
+
+    A parameter that no traversal finds is not trained, and has None in place of a state. The
+    optimizers must lay out their states as the parameters, as Adafactor does; optax optimizers are
+    combined by `optax.multi_transform`, as on T5X. `hyper_params` is a list, one an optimizer.
+    """
+
+    def __init__(
+        self,
+        traversals_and_optimizers: Sequence[tuple[traverse_util.Traversal, OptimizerDef]],
+    ):
+        """Takes pairs such as `(traverse_util.ModelParamTraversal(filter), Adafactor())`."""
+        self.traversals, self.sub_optimizers = zip(*traversals_and_optimizers, strict=True)
+        super().__init__([optimizer.hyper_params for optimizer in self.sub_optimizers])
+
+    def update_hyper_params(self, **overrides: Any) -> list[Any]:
+        """As the base, with the overrides made in the hyper-parameters of every optimizer."""
+        hyper_params = overrides.pop("hyper_params", self.hyper_params)
+        return [hp.replace(**overrides) for hp in hyper_params] if overrides else hyper_params
+
+    def set_param_axes(self, param_logical_axes: PyTree) -> None:
+        """Gives each optimizer the axes of its own parameters."""
+        for optimizer, paths in self._parts(param_logical_axes):
+            if hasattr(optimizer, "set_param_axes"):
+                optimizer.set_param_axes(_subtree(param_logical_axes, paths))
+
+    def init_state(self, params: PyTree) -> OptimizerState:
+        """Returns step 0 and the states of all; two optimizers for one parameter: ValueError."""
+        states: dict[str, Any] = {}
+        for optimizer, paths in self._parts(params):
+            twice = sorted(states.keys() & set(paths))
+            if twice:
+                raise ValueError(
+                    "Multiple optimizers match the same leaves: MultiOptimizer has two or more "
+                    f"for {twice}. Let one traversal alone find each parameter."
+                )
+            states |= self._flat_states(optimizer, optimizer.init_state(_subtree(params, paths)))
+        return OptimizerState(jnp.zeros((), jnp.int32), _laid_out(states, like=params))
+
+    def apply_gradient(
+        self, hyper_params: Sequence[Any], params: PyTree, state: OptimizerState, grads: PyTree
+    ) -> tuple[PyTree, OptimizerState]:
+        """Returns the updated parameters and state; what no optimizer has stays as it is."""
+        new_params, new_states = _flatten(params), {}
+        for (optimizer, paths), hp in zip(self._parts(params), hyper_params, strict=True):
+            own, own_state = optimizer.apply_gradient(
+                hp,
+                _subtree(params, paths),
+                OptimizerState(state.step, _subtree(state.param_states, paths)),
+                _subtree(grads, paths),
+            )
+            new_params |= _flatten(own)
+            new_states |= self._flat_states(optimizer, own_state)
+        return _laid_out(new_params, like=params), OptimizerState(
+            state.step + 1, _laid_out(new_states, like=params)
+        )
+
+    def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
+        """Returns `optimizer` with logical axes for leaves, as each of its optimizers has them."""
+        states: dict[str, Any] = {}
+        for sub_optimizer, paths in self._parts(param_logical_axes):
+            axes = _subtree(param_logical_axes, paths)
+            state = OptimizerState(None, _subtree(optimizer.state.param_states, paths))
+            derived = sub_optimizer.derive_logical_axes(
+                Optimizer(optimizer_def=sub_optimizer, state=state, target=axes), axes
+            )
+            states |= _flatten(derived.state.param_states)
+        return Optimizer(
+            optimizer_def=optimizer.optimizer_def,
+            state=OptimizerState(None, _laid_out(states, like=param_logical_axes)),
+            target=param_logical_axes,
+        )
+
+    def _parts(self, tree: PyTree) -> list[tuple[OptimizerDef, list[str]]]:
+        """Each optimizer with the paths of its parameters, of those in `tree`."""
+        paths = traverse_util.unflatten_dict({p: p for p in _flatten(tree)}, sep="/")
+        found = [list(traversal.iterate(paths)) for traversal in self.traversals]
+        return list(zip(self.sub_optimizers, found, strict=True))
+
+    def _flat_states(self, optimizer: OptimizerDef, state: OptimizerState) -> dict[str, Any]:
+        if not isinstance(state.param_states, Mapping):
+            raise ValueError(
+                f"MultiOptimizer can not hold the state of {type(optimizer).__name__}, which is "
+                "not laid out as the parameters, with one state a parameter. Adafactor's is; "
+                "combine optax optimizers by optax.multi_transform in one OptaxWrapper."
+            )
+        return _flatten(state.param_states)
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    return traverse_util.flatten_dict(unfreeze(tree), sep="/")
+
+
+def _subtree(tree: PyTree, paths: Sequence[str]) -> PyTree:
+    """The nested dict of these paths alone, frozen where `tree` is."""
+    flat = _flatten(tree)
+    part = traverse_util.unflatten_dict({p: flat[p] for p in paths}, sep="/")
+    return freeze(part) if isinstance(tree, FrozenDict) else part
+
+
+def _laid_out(flat: Mapping[str, Any], like: PyTree) -> PyTree:
+    """The tree `like`, with what `flat` has in place of its leaves, and None where it has none."""
+    full = traverse_util.unflatten_dict({p: flat.get(p) for p in _flatten(like)}, sep="/")
+    return freeze(full) if isinstance(like, FrozenDict) else full
+
+
 def match_param_axes(state: PyTree, params: PyTree, param_axes: PyTree) -> PyTree:
     """Returns `state` with each leaf replaced by the logical axes of its parameter, or by None.
 
@@ -247,9 +356,12 @@ adabelief = wrap_optax_optimizer(optax.adabelief)
 adagrad = wrap_optax_optimizer(optax.adagrad)
 adam = wrap_optax_optimizer(optax.adam)
 adamw = wrap_optax_optimizer(optax.adamw)
+dpsgd = wrap_optax_optimizer(optax.contrib.dpsgd)
+fromage = wrap_optax_optimizer(optax.fromage)
 lamb = wrap_optax_optimizer(optax.lamb)
 lars = wrap_optax_optimizer(optax.lars)
 lion = wrap_optax_optimizer(optax.lion)
+noisy_sgd = wrap_optax_optimizer(optax.noisy_sgd)
 radam = wrap_optax_optimizer(optax.radam)
 rmsprop = wrap_optax_optimizer(optax.rmsprop)
 sgd = wrap_optax_optimizer(optax.sgd)

@@ -112,7 +112,7 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
                 path, expected, restore.transformations, is_resuming=True
             ),
             batches=_batches(path) if with_dataset else 0,
-            dtype=None,
+            dtype=cfg.save.dtype if cfg.save else "float32",
             fallback_to_scratch=False,
         )
     if not restore.path:
@@ -139,8 +139,6 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
             expected,
             restore.transformations,
             fallback_to_scratch=restore.fallback_to_scratch,
-            # An assignment map names what is wanted; like T5X, leave the rest.
-            drop_unexpected=bool(restore.transformations) or not restore.strict,
         ),
         batches=_batches(path) if restore.restore_dataset else 0,
         dtype=restore.dtype,

@@ -77,7 +77,7 @@ class RestoreCheckpointConfig:
       mode: 'specific' or 'latest'. ('all' is T5X's, for evaluation, and is refused in training.)
       assignment_map: (regex, replacement) pairs. A leaf of the model whose whole name matches is
         read from the checkpoint's leaf of the replaced name; None as replacement leaves it out.
-      strict: False drops leaves of the checkpoint that the model doesn't have.
+      strict: accepted for T5X's sake, where it is about TensorFlow checkpoints.
       fallback_to_scratch: initialize what the checkpoint lacks; needs assignment_map or
         state_transformation_fns, which say what may be missing.
       dtype: cast the weights to this type; None takes the model's.

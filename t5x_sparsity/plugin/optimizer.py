@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import re
 from typing import Any
 
 import flax.core
@@ -11,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_sparsity import host
 from t5x_sparsity.core import (
@@ -24,6 +25,7 @@ from t5x_sparsity.core import (
     unflatten,
 )
 from t5x_sparsity.plan import Plan
+from t5x_sparsity.plugin.checkpoints import SPARSITY, check_leaves, check_masks_will_change
 from t5x_sparsity.slots import zero_slots
 
 UNDRIVEN = (
@@ -59,6 +61,7 @@ class SparseOptimizer(host.OptimizerDef):
 
     It configures, and holds no arrays. `step_kind` says which train step its `apply_gradient` is
     traced for; the sparse trainer makes a copy for each, and without that trainer there is none.
+    `fills_in` says that the state is one made from scratch, to fill in what a checkpoint lacks.
     """
 
     def __init__(self, base: host.OptimizerDef, config: SparsityConfig):
@@ -66,6 +69,7 @@ class SparseOptimizer(host.OptimizerDef):
         self.base = base
         self.config = config
         self.step_kind: StepKind | None = None
+        self.fills_in = False
         self._axes: dict[str, tuple[str | None, ...]] | None = None
 
     def for_step(self, kind: StepKind) -> SparseOptimizer:
@@ -73,6 +77,16 @@ class SparseOptimizer(host.OptimizerDef):
         driven = copy.copy(self)
         driven.step_kind = kind
         return driven
+
+    def filling_in(self) -> SparseOptimizer:
+        """This optimizer, for a state that may fill in what a checkpoint lacks.
+
+        The masks of such a state belong to weights that the checkpoint replaces, so its state dict
+        has None for them; `restore_state` makes those from the weights that were loaded.
+        """
+        other = copy.copy(self)
+        other.fills_in = True
+        return other
 
     @property
     def hyper_params(self):
@@ -88,8 +102,18 @@ class SparseOptimizer(host.OptimizerDef):
             self.base.set_param_axes(param_logical_axes)
 
     def plan(self, params) -> Plan:
-        """The plan of the sparse weights among `params` (arrays or their shapes)."""
-        return self.config.plan(flatten(params), self._axes)
+        """The plan of the sparse weights among `params` (arrays or their shapes).
+
+        A weight that a MultiOptimizer leaves untrained stays dense, unless a rule matches it.
+        """
+        weights = flatten(params)
+        idle = _untrained(self.base, params)
+        weights = {
+            p: x
+            for p, x in weights.items()
+            if p not in idle or any(re.search(rule.path, p) for rule in self.config.rules)
+        }
+        return self.config.plan(weights, self._axes)
 
     def init_state(self, params) -> SparseOptimizerState:
         state = self.base.init_state(params)
@@ -172,52 +196,100 @@ class SparseOptimizer(host.OptimizerDef):
         # Orbax can't read a None back; restore_state fills them in again
         flat = {k: v for k, v in flat.items() if v is not None or not _is_slot(k)}
         flat["state/step"] = state.step
-        return _nested_dict(flat | _sparsity_leaves(state.sparsity))
+        leaves = sparsity_leaves(state.sparsity)
+        if self.fills_in:
+            leaves = dict.fromkeys(leaves)
+        return _nested_dict(flat | leaves)
 
     def restore_state(self, opt_target, opt_state, state_dict):
         flat = _flat_dict(flax.core.unfreeze(state_dict))
         reference = _flat_dict(self.base.state_dict(opt_target, _base_state(opt_state)))
-        sparse = {k: v for k, v in flat.items() if k.startswith(_SPARSITY)}
+        sparse = {k: v for k, v in flat.items() if k.startswith(SPARSITY)}
         dense = {k: v for k, v in flat.items() if k not in sparse}
         dense |= {k: v for k, v in reference.items() if v is None and _is_slot(k)}
         target, base_state = self.base.restore_state(
             opt_target, _base_state(opt_state), _nested_dict(dense)
         )
-        own = opt_state.sparsity
-        expected = _sparsity_leaves(own)
-        if not sparse:
-            raise ValueError(
-                "the state to restore has no masks: a dense run has made it, or one without "
-                "sparsity/*.gin; start in another MODEL_DIR"
-            )
-        if set(sparse) != set(expected):
-            raise ValueError(
-                "the state to restore was made with other rules of sparsity or by another "
-                f"algorithm: missing {sorted(set(expected) - set(sparse))}, unexpected "
-                f"{sorted(set(sparse) - set(expected))}; resume with the configuration that made "
-                "it, or start in another MODEL_DIR"
-            )
-        sparsity = SparsityState(
-            masks={p: sparse[f"{_SPARSITY}masks/{p}"] for p in own.masks},
-            rng=sparse[f"{_SPARSITY}rng"],
-            slots={
-                name: {p: sparse[f"{_SPARSITY}{name}/{p}"] for p in arrays}
-                for name, arrays in own.slots.items()
-            },
-        )
+        expected = sparsity_leaves(opt_state.sparsity)
+        read = {k: v for k, v in sparse.items() if v is not None}
+        if sparse and not read:
+            target, sparsity = self._start_from(opt_target, target, base_state.step)
+        else:
+            check_leaves(expected, read, "the state to restore")
+            sparsity = _with_leaves(opt_state.sparsity, read)
         return target, SparseOptimizerState(
             step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
         )
 
+    def _start_from(self, shapes, target, step) -> tuple[Any, SparsityState]:
+        """Masked weights and the state of sparsity to start with, from trained weights."""
+        weights, plan = flatten(target), self.plan(shapes)
+        for path, shape in flatten(shapes).items():
+            if tuple(weights[path].shape) != tuple(shape.shape):
+                raise ValueError(
+                    f"the weight {path!r} has shape {tuple(weights[path].shape)} in the checkpoint "
+                    f"and {tuple(shape.shape)} in this run's model; set MODEL to the checkpoint's"
+                )
+        at = int(host.utils.get_local_data(step))
+        check_masks_will_change(plan, at)
 
-_SPARSITY = "state/sparsity/"
+        def start(weights):
+            state = init_state(self.config, plan, weights, trained=True)
+            return forward_weights(plan, state, weights, at), state
+
+        sparse = {p: weights[p] for p in plan}
+        if not sparse:
+            return target, start({})[1]
+        # a mask, and whatever an algorithm keeps of a weight, lies where its weight lies
+        where = {p: getattr(x, "sharding", None) for p, x in sparse.items()}
+        everywhere = next(iter(where.values()))
+        if isinstance(everywhere, NamedSharding):
+            everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+        state = jax.eval_shape(start, sparse)[1]
+        placed = SparsityState(
+            masks={p: where[p] for p in state.masks},
+            rng=everywhere,
+            slots={n: {p: where[p] for p in arrays} for n, arrays in state.slots.items()},
+        )
+        masked, state = jax.jit(start, out_shardings=(where, placed))(sparse)
+        return unflatten(target, weights | masked), state
 
 
-def _sparsity_leaves(state: SparsityState) -> dict[str, Any]:
+def with_optimizer(train_state, optimizer_def):
+    """The train state, or its axes, under another optimizer definition."""
+    return train_state.replace(
+        _optimizer=train_state._optimizer.replace(optimizer_def=optimizer_def)
+    )
+
+
+def sparsity_leaves(state: SparsityState) -> dict[str, Any]:
     """The leaves of a sparsity state by their path in a checkpoint."""
     arrays = {"masks": state.masks, **state.slots}
-    leaves = {f"{_SPARSITY}{name}/{p}": x for name, of in arrays.items() for p, x in of.items()}
-    return {**leaves, f"{_SPARSITY}rng": state.rng}
+    leaves = {f"{SPARSITY}{name}/{p}": x for name, of in arrays.items() for p, x in of.items()}
+    return {**leaves, f"{SPARSITY}rng": state.rng}
+
+
+def _with_leaves(like: SparsityState, leaves: dict[str, Any]) -> SparsityState:
+    return SparsityState(
+        masks={p: leaves[f"{SPARSITY}masks/{p}"] for p in like.masks},
+        rng=leaves[f"{SPARSITY}rng"],
+        slots={
+            name: {p: leaves[f"{SPARSITY}{name}/{p}"] for p in arrays}
+            for name, arrays in like.slots.items()
+        },
+    )
+
+
+def _untrained(optimizer, params) -> set[str]:
+    """Paths of the weights that no part of a MultiOptimizer trains.
+
+    Of other optimizers nobody can tell: optax freezes by zero updates, as any update may be.
+    """
+    if not isinstance(optimizer, host.optimizers.MultiOptimizer):
+        return set()
+    paths = list(flatten(params))
+    named = unflatten(params, {p: p for p in paths})
+    return set(paths).difference(*(t.iterate(named) for t in optimizer.traversals))
 
 
 def _base_state(state: SparseOptimizerState):

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host, metrics
 from t5x_sparsity.core import flatten, schedules
-from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind
+from t5x_sparsity.plugin.checkpoints import write_record
+from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind, with_optimizer
 
 NOT_SPARSE = (
     "the sparse trainer got a train state without masks, and would train dense: bind "
@@ -73,13 +74,6 @@ class TrainStep:
         return TrainStep(partitioner.compile(self._step, state, batch), self._optimizer)
 
 
-def with_optimizer(train_state, optimizer_def):
-    """The train state, or its axes, under another optimizer definition."""
-    return train_state.replace(
-        _optimizer=train_state._optimizer.replace(optimizer_def=optimizer_def)
-    )
-
-
 class _Summary:
     """The future of a training summary, with the sparsity added."""
 
@@ -103,6 +97,10 @@ class SparseTrainer:
         # evaluation jobs pass no train state
         if train_state is not None and not isinstance(optimizer, SparseOptimizer):
             raise ValueError(NOT_SPARSE)
+        if train_state is not None:
+            # a state made from scratch is the run's own from here on
+            optimizer = kwargs["train_state_axes"]._optimizer.optimizer_def
+            kwargs = kwargs | {"train_state": with_optimizer(train_state, optimizer)}
         super().__init__(**kwargs)
         self._optimizer_def = optimizer
         self._compiled_steps: dict[str, TrainStep] | None = None
@@ -114,6 +112,8 @@ class SparseTrainer:
             self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
             self._plan = optimizer.plan(train_state.params)
             self._schedules = schedules(self._plan)
+            if kwargs.get("summary_dir") and jax.process_index() == 0:
+                write_record(kwargs["summary_dir"], self._plan)
 
     @functools.cached_property
     def _steps(self) -> dict[str, TrainStep]:
@@ -209,9 +209,12 @@ class SparseTrainer:
 
     def close(self) -> None:
         """Closes the base trainer and, after a run, logs what it has reached."""
-        if self._trained and jax.process_index() == 0:
+        if self._trained:
             self._trained = False
-            _log_report(self.layer_summaries(), self._last_eval, self.reference_losses)
+            # all processes count: a mask may lie on the devices of several
+            rows = self.layer_summaries()
+            if jax.process_index() == 0:
+                _log_report(rows, self._last_eval, self.reference_losses)
         super().close()
 
 

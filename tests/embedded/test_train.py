@@ -331,7 +331,7 @@ def listing(folder):
     ("overrides", "message"),
     [
         (lambda: {"model": micro.Model(width=4)}, "of another shape:"),
-        (lambda: {"model": micro.Model(optimizers.sgd(1e-2))}, "in the checkpoint only:"),
+        (lambda: {"model": micro.Model(optimizers.adagrad(1e-2))}, "missing in the checkpoint:"),
     ],
 )
 def test_model_dir_of_another_model_is_refused_untouched(tmp_path, whole, overrides, message):

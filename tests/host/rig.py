@@ -9,11 +9,12 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import pytest
 import seqio
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, PartitionSpec
+from optimizer_table import CASES
 
 import t5x_sparsity as ts
 from t5x_sparsity import host
@@ -28,26 +29,11 @@ FEATURES = (
     "decoder_loss_weights",
 )
 
-
-def adafactor(**kwargs):
-    return host.adafactor.Adafactor(
-        decay_rate=0.8,
-        step_offset=0,
-        logical_factor_rules=host.adafactor.standard_logical_factor_rules(),
-        **kwargs,
-    )
+# for tests of what only T5X has: its jobs, its models, several processes
+t5x_only = pytest.mark.skipif(host.NAME != "t5x", reason="only T5X has it")
 
 
-OPTIMIZERS = {
-    "adafactor": adafactor,
-    "adafactor-momentum": lambda: adafactor(beta1=0.9),
-    "adafactor-whole": lambda: adafactor(factored=False),
-    "adafactor-factored": lambda: adafactor(min_dim_size_to_factor=8),
-    "adamw": lambda: host.optimizers.adamw(1e-2),
-    "lion": lambda: host.optimizers.lion(1e-3),
-    "sgd-momentum": lambda: host.optimizers.sgd(1e-2, momentum=0.9),
-    "chain": lambda: host.optimizers.chain([optax.clip_by_global_norm(1.0), optax.adam(1e-2)]),
-}
+OPTIMIZERS = {name: case.make for name, case in CASES.items()}
 
 
 def model(optimizer_def, layers=1):
@@ -139,8 +125,11 @@ def batch(seed=0):
 
 
 def initializer(config, optimizer="adamw", partitioner=None, build=model):
-    """(initializer, model, partitioner); a config of None is a dense run."""
-    optimizer_def = OPTIMIZERS[optimizer]()
+    """(initializer, model, partitioner); a config of None is a dense run.
+
+    optimizer: a name in OPTIMIZERS, or what makes one.
+    """
+    optimizer_def = OPTIMIZERS.get(optimizer, optimizer)()
     net = build(optimizer_def)
     partitioner = partitioner or MeshPartitioner()
     shapes = {k: (BATCH, LENGTH) for k in FEATURES}
@@ -196,7 +185,7 @@ def parse_gin(text, *bindings):
     gin.clear_config()
     with gin.config.interactive_mode():
         train = gin.configurable(sys.modules["__main__"].train)
-        gin.parse_config(text)
+        gin.parse_config(f"MODEL_DIR = '/a/run'\n{text}")
         gin.parse_config(list(bindings))
     gin.finalize()
     return train

@@ -11,7 +11,11 @@ import t5x_sparsity as ts
 from t5x_sparsity.plugin import SparseTrainStateInitializer, sparse_trainer
 from t5x_sparsity.plugin.gin_checks import MACROS
 
-METHODS = sorted(p.stem for p in (rig.ROOT / "gin/sparsity").glob("*.gin") if p.stem != "base")
+METHODS = sorted(
+    p.stem
+    for p in (rig.ROOT / "gin/sparsity").glob("*.gin")
+    if p.stem not in ("base", "from_dense")
+)
 WITHOUT_STEPS = ("dense", "static")
 
 

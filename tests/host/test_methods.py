@@ -16,7 +16,11 @@ from t5x_sparsity import masks
 from t5x_sparsity.algorithms import DENSE
 from t5x_sparsity.core import flatten
 
-METHODS = sorted(p.stem for p in (rig.ROOT / "gin/sparsity").glob("*.gin") if p.stem != "base")
+METHODS = sorted(
+    p.stem
+    for p in (rig.ROOT / "gin/sparsity").glob("*.gin")
+    if p.stem not in ("base", "from_dense")
+)
 UNMOVED = ("dense", "static")
 # The level of these never changes, at an update or between.
 ALWAYS_SPARSE = ("magnitude_ste", "mest", "random_ste", "rigl", "set", "snfs", "sr_ste", "srigl")

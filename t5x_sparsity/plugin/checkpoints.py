@@ -1,0 +1,272 @@
+"""What a run starts from: checks of checkpoints before the host reads any array of them.
+
+A checkpoint is a folder `checkpoint_<step>`, in T5X's own format or in Orbax's. `sparsity.json`
+beside the checkpoints of a run says by which rules its masks were made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import serialization, traverse_util
+
+from t5x_sparsity import host
+from t5x_sparsity.core import schedules
+from t5x_sparsity.plan import Plan
+
+SPARSITY = "state/sparsity/"
+RECORD = "sparsity.json"
+
+
+def check_sources(
+    model_dir: str | None, checkpoint_cfg: Any, expected: Mapping[str, Any], plan: Plan
+) -> None:
+    """Checks the checkpoint that a run will start from.
+
+    Args:
+      model_dir: of the run; its last checkpoint is what a run goes on from. None: not known.
+      checkpoint_cfg: T5X's CheckpointConfig, whose `restore` names what else it starts from.
+      expected: the leaves under state/sparsity of the run, by name.
+      plan: of the run.
+
+    Raises:
+      ValueError: the checkpoint can't be read, has no masks, or was made with other rules.
+    """
+    step = host.checkpoints.latest_step(model_dir) if _is_dir(model_dir) else None
+    if step is not None:
+        path = epath.Path(model_dir) / f"checkpoint_{step}"
+        found = _sparsity_of(_saved_leaves(path, _before(model_dir, step)))
+        check_leaves(expected, found, f"the checkpoint {path}")
+        _check_record(epath.Path(model_dir) / RECORD, plan)
+        return
+    restore = getattr(checkpoint_cfg, "restore", None)
+    if restore is None or not isinstance(restore.path, str):
+        return
+    path = restore.path
+    if epath.Path(path + ".index").exists():
+        raise ValueError(
+            f"{path} is a TensorFlow checkpoint, and T5X adds nothing to those as it reads them, "
+            "masks neither; convert it by T5X's convert_tf_checkpoint first"
+        )
+    if restore.mode == "latest" and _is_dir(path):
+        step = host.checkpoints.latest_step(path)
+        if step is None:
+            return
+        path = epath.Path(path) / f"checkpoint_{step}"
+    leaves = _saved_leaves(epath.Path(path), "")
+    # a transformation may well make one fit
+    if not restore.state_transformation_fns:
+        check_leaves(expected, _sparsity_of(leaves), f"the checkpoint {path}")
+
+
+def write_record(model_dir: str, plan: Plan) -> None:
+    """Writes by which rules the masks of a run are made to `sparsity.json`; all of it or none."""
+    path = epath.Path(model_dir) / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f"{RECORD}.tmp"
+    draft.write_text(json.dumps(_record(plan), indent=1))
+    draft.replace(path)
+
+
+def from_dense(
+    checkpoint: Mapping[str, Any], state: Mapping[str, Any], *, is_resuming: bool = False
+) -> Mapping[str, Any]:
+    """A state transformation for RestoreCheckpointConfig: starts a sparse run from a dense one.
+
+    It lets a checkpoint lack masks, which are then made from its weights, and the whole state of
+    the optimizer, which then starts afresh, but nothing else.
+
+    Args:
+      checkpoint: nested dict of what the checkpoint has.
+      state: nested dict of what the run has.
+      is_resuming: whether the checkpoint is the run's own.
+
+    Raises:
+      ValueError: the checkpoint has masks, or lacks weights or part of the optimizer's state.
+    """
+    if is_resuming:
+        return checkpoint
+    saved, wanted = _flatten(checkpoint), _flatten(state)
+    if any(name.startswith(f"{SPARSITY}masks/") for name in saved):
+        raise ValueError(
+            "INITIAL_CHECKPOINT_PATH is a sparse run's checkpoint, whose masks 'from_dense.gin' "
+            "would throw away; leave that include out to go on with them"
+        )
+    for part, what, remedy in (
+        ("target/", "weights of this model", "set MODEL to the checkpoint's"),
+        (
+            "state/param_states/",
+            "leaves of the optimizer's state",
+            "set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
+            "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]",
+        ),
+    ):
+        names = [k for k in wanted if k.startswith(part) and wanted[k] is not None]
+        missing = sorted(k for k in names if k not in saved)
+        if len(missing) == len(names) and part != "target/":
+            if names:
+                logging.warning("The checkpoint has no state of this optimizer; it starts afresh.")
+        elif missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of {len(names)} {what}: {_few(missing)}; "
+                f"{remedy}"
+            )
+    logging.info("The checkpoint is dense: masks are made from its weights.")
+    return checkpoint
+
+
+def checkpoint_step(path: str) -> int:
+    """The step of a checkpoint by its name, `checkpoint_<step>`; nothing is read.
+
+    Raises:
+      ValueError: the name has no step.
+    """
+    match = re.search(r"checkpoint_(\d+)/*$", path) if isinstance(path, str) else None
+    if match is None:
+        raise ValueError(
+            f"INITIAL_CHECKPOINT_PATH is {path!r}, whose step can't be told from its name; give "
+            "the folder checkpoint_<step>, or bind t5x_sparsity.Periodic.start_step to the step"
+        )
+    return int(match[1])
+
+
+def _is_dir(path: str | None) -> bool:
+    return bool(path) and epath.Path(path).is_dir()
+
+
+def _before(model_dir: str, step: int) -> str:
+    """What a run would go on from without the checkpoint of `step`."""
+    earlier = [s for s in host.checkpoints.all_steps(model_dir) if s < step]
+    return f"checkpoint_{max(earlier)}" if earlier else "the start"
+
+
+def _saved_leaves(path: epath.Path, before: str) -> dict[str, Any]:
+    """The leaves of a checkpoint by name, each with its shape; no array is read."""
+    remedy = f"; move that folder away to go on from {before}" if before else ""
+    try:
+        if (path / "state").is_dir():
+            found = ocp.PyTreeCheckpointHandler().metadata(path / "state")
+            return _flatten(getattr(found, "tree", found))
+        if (path / "checkpoint").is_file():
+            content = serialization.msgpack_restore((path / "checkpoint").read_bytes())
+            return _flatten(content["optimizer"])
+    except Exception as e:
+        raise ValueError(
+            f"the checkpoint {path} is damaged and can't be read ({type(e).__name__}: {e}){remedy}"
+        ) from e
+    raise ValueError(
+        f"{path} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'{remedy}"
+    )
+
+
+class _Leaf:
+    """A leaf in a checkpoint of T5X's own format."""
+
+    def __init__(self, spec: Mapping[str, Any]):
+        self.shape = tuple(spec["metadata"]["shape"])
+
+
+def _is_tensorstore(_, x: Any) -> bool:
+    return isinstance(x, Mapping) and {"driver", "kvstore", "metadata"} <= set(x)
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=_is_tensorstore)
+    return {k: _Leaf(v) if _is_tensorstore(k, v) else v for k, v in flat.items()}
+
+
+def _sparsity_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in leaves.items() if k.startswith(SPARSITY)}
+
+
+def _record(plan: Plan) -> dict[str, dict[str, Any]]:
+    return {
+        path: {
+            "shape": list(layer.shape),
+            "sparsity": layer.level,
+            "kept": layer.kept,
+            "pattern": repr(layer.pattern),
+            "algorithm": type(layer.algorithm).__name__,
+        }
+        for path, layer in plan.items()
+    }
+
+
+def _check_record(path: epath.Path, plan: Plan) -> None:
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), _record(plan)
+    changed = [
+        f"{key} of {p} was {before[p][key]} and is {now[p][key]}"
+        for p in now
+        for key in ("sparsity", "kept", "pattern", "algorithm")
+        if p in before and before[p][key] != now[p][key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds a run with other rules of sparsity: {_few(changed)}. Resume with "
+            "the configuration that made it; to go on from its weights and masks with another, "
+            "train in another MODEL_DIR with utils.RestoreCheckpointConfig.path set to its "
+            "checkpoint"
+        )
+
+
+def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Compares the leaves under state/sparsity that a run has with those of a checkpoint.
+
+    Raises:
+      ValueError: they are others, or have other shapes.
+    """
+    if expected and not found:
+        raise ValueError(
+            f"{where} has no masks: a dense run made it, or one without sparsity/*.gin. To make "
+            "masks from its weights, include 'sparsity/from_dense.gin' with its path in "
+            "INITIAL_CHECKPOINT_PATH and train in another MODEL_DIR; to train sparse from scratch, "
+            "set another MODEL_DIR"
+        )
+
+    def shape(leaf):
+        # a state of axes has none
+        return tuple(leaf.shape) if hasattr(leaf, "shape") else None
+
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    other = [
+        f"{name} has shape {shape(found[name])} where this run has {shape(leaf)}"
+        for name, leaf in expected.items()
+        if name in found and shape(found[name]) != shape(leaf) and shape(found[name])
+    ]
+    if missing or unexpected or other:
+        differences = [
+            f"{title} {_few(names)}"
+            for title, names in (("missing", missing), ("unexpected", unexpected), ("and", other))
+            if names
+        ]
+        raise ValueError(
+            f"{where} was made with other rules of sparsity or by another algorithm: "
+            f"{', '.join(differences)}. Resume with the configuration that made it, or start in "
+            "another MODEL_DIR"
+        )
+
+
+def _few(names: list[str], n: int = 6) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return "; ".join(names[:n]) + more
+
+
+def check_masks_will_change(plan: Plan, step: int) -> None:
+    """Raises ValueError where a run that starts at `step` comes too late for its mask updates."""
+    late = [s.last for s in schedules(plan) if s.last < step]
+    if late:
+        raise ValueError(
+            f"the checkpoint is at step {step}, after the last mask update at step {max(late)}: "
+            "the masks would never change. TRAIN_STEPS counts the steps before the checkpoint too, "
+            "and shares such as MASK_UPDATE_END = 0.75 are of the steps from "
+            "t5x_sparsity.Periodic.start_step to TRAIN_STEPS; set them so that updates come after "
+            f"step {step}"
+        )
