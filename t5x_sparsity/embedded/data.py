@@ -194,7 +194,13 @@ class TrainIterator(Iterator):
 
     def warm_up(self) -> None:
         """Read the first batch, so that errors of the input show; it stays to be handed out."""
-        self._first = self._read()
+        try:
+            self._first = self._read()
+        except StopIteration:
+            raise ValueError(
+                f"The training data has no batch after the first {self.batches}. Train for fewer "
+                "steps (gin macro TRAIN_STEPS), or let get_dataset_fn repeat its data."
+            ) from None
 
     def __next__(self) -> Batch:
         batch, self._first = self._first, None

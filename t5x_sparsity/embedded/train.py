@@ -80,6 +80,7 @@ def train(
 
     Raises:
       ValueError: the configuration can't work; nothing has been written or compiled by then.
+      trainer.PreemptionError: the trainer raised it; the state has been saved.
     """
     begun = time.monotonic()
     del inference_evaluator_cls
@@ -206,9 +207,13 @@ def train(
                 if loop.stop_training:
                     run.save()
                     break
-                summary = loop.train(
-                    batches, segment.stop - segment.start, start_step=segment.start
-                )
+                try:
+                    summary = loop.train(
+                        batches, segment.stop - segment.start, start_step=segment.start
+                    )
+                except trainer.PreemptionError:
+                    run.save()
+                    raise
                 host_step = segment.stop
                 report.watch(host_step, metrics.snapshot())
                 if not concurrent_metrics or actions.get(trainer.ActionMode.TRAIN):

@@ -32,6 +32,10 @@ Metrics = dict[str, clu.metrics.Metric]
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
 
 
+class PreemptionError(Exception):
+    """Raised by a trainer whose machine is about to be taken away; `train` saves, and raises it."""
+
+
 def _is_metric(x: Any) -> bool:
     return isinstance(x, clu.metrics.Metric)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -44,6 +45,8 @@ def check_sources(
         found = _sparsity_of(_saved_leaves(path, _before(model_dir, step)))
         check_leaves(expected, found, f"the checkpoint {path}")
         _check_record(epath.Path(model_dir) / RECORD, plan)
+        if getattr(getattr(checkpoint_cfg, "save", None), "save_dataset", False):
+            _check_data_position(path)
         return
     restore = getattr(checkpoint_cfg, "restore", None)
     if restore is None or not isinstance(restore.path, str):
@@ -88,11 +91,17 @@ def from_dense(
       is_resuming: whether the checkpoint is the run's own.
 
     Raises:
-      ValueError: the checkpoint has masks, or lacks weights or part of the optimizer's state.
+      ValueError: the run is dense, or the checkpoint has masks, or lacks weights or part of the
+        optimizer's state.
     """
     if is_resuming:
         return checkpoint
     saved, wanted = _flatten(checkpoint), _flatten(state)
+    if not any(name.startswith(SPARSITY) for name in wanted):
+        raise ValueError(
+            "'sparsity/from_dense.gin' makes masks for a sparse run, and this run is dense; "
+            "include a method's file, such as 'sparsity/rigl.gin', before it"
+        )
     if any(name.startswith(f"{SPARSITY}masks/") for name in saved):
         raise ValueError(
             "INITIAL_CHECKPOINT_PATH is a sparse run's checkpoint, whose masks 'from_dense.gin' "
@@ -165,6 +174,21 @@ def _saved_leaves(path: epath.Path, before: str) -> dict[str, Any]:
     )
 
 
+def _check_data_position(path: epath.Path) -> None:
+    """Each process has saved its own place in the training data; no other number can read it."""
+    if not (path / "state").is_dir():
+        return
+    folders = list((path / "dataset").glob("*")) if (path / "dataset").is_dir() else []
+    counts = [int(m[1]) for f in folders if (m := re.fullmatch(r"process_\d+-of-(\d+)", f.name))]
+    saved_by = max(counts, default=1) if folders else 0
+    if saved_by != jax.process_count():
+        raise ValueError(
+            f"the checkpoint {path} has the position in the training data of {saved_by} "
+            f"processes, and this run has {jax.process_count()}; set "
+            "utils.SaveCheckpointConfig.save_dataset = False to read the data from its start"
+        )
+
+
 class _Leaf:
     """A leaf in a checkpoint of T5X's own format."""
 
@@ -223,7 +247,12 @@ def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
     Raises:
       ValueError: they are others, or have other shapes.
     """
-    if expected and not found:
+
+    def has_masks(leaves):
+        return any(name.startswith(f"{SPARSITY}masks/") for name in leaves)
+
+    # a run by sparsity/dense.gin has left a key, but no masks
+    if expected and not found or has_masks(expected) and not has_masks(found):
         raise ValueError(
             f"{where} has no masks: a dense run made it, or one without sparsity/*.gin. To make "
             "masks from its weights, include 'sparsity/from_dense.gin' with its path in "

@@ -49,11 +49,12 @@ def check(config: Config) -> None:
     """A gin finalize hook.
 
     Raises:
-      ValueError: one half of the include is overridden, or a macro of ours, or one that looks like
-        ours, is bound and nobody reads it.
+      ValueError: one half of the include is overridden, a macro of ours, or one that looks like
+        ours, is bound and nobody reads it, or the run's length is not the one that shares are of.
     """
     _check_both_halves(config)
     _check_macros(config)
+    _check_total_steps(config)
 
 
 def _check_both_halves(config: Config) -> None:
@@ -80,6 +81,30 @@ def _check_macros(config: Config) -> None:
                 f"{name} is bound, but nothing reads it; did you mean {near[0]}? The macros of "
                 f"sparsity/*.gin are {', '.join(MACROS)}"
             )
+
+
+def _check_total_steps(config: Config) -> None:
+    """Shares such as MASK_UPDATE_END = 0.75 are of TRAIN_STEPS, which relative steps overrule."""
+    macros = {
+        scope: b.get("value") for (scope, selector), b in config.items() if "macro" in selector
+    }
+    for (_, selector), bindings in config.items():
+        relative = bindings.get("relative_steps")
+        for name in _macros(relative):
+            relative = macros.get(name)
+        if relative is not None and _has_shares(config):
+            raise ValueError(
+                f"{selector}.relative_steps (TRAIN_STEPS_RELATIVE) is {relative}, so that the run "
+                "doesn't end at TRAIN_STEPS, of which MASK_UPDATE_BEGIN and MASK_UPDATE_END are "
+                "shares; leave it None and set TRAIN_STEPS to the step at which the run ends"
+            )
+
+
+def _has_shares(config: Config) -> bool:
+    return any(
+        selector.startswith("t5x_sparsity.") and "total_steps" in bindings
+        for (_, selector), bindings in config.items()
+    )
 
 
 def _wrapped(value: Any) -> Any:

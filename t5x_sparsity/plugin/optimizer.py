@@ -212,7 +212,8 @@ class SparseOptimizer(host.OptimizerDef):
         )
         expected = sparsity_leaves(opt_state.sparsity)
         read = {k: v for k, v in sparse.items() if v is not None}
-        if sparse and not read:
+        has_masks = any(k.startswith(f"{SPARSITY}masks/") for k in read)
+        if len(read) < len(sparse) and not has_masks:
             target, sparsity = self._start_from(opt_target, target, base_state.step)
         else:
             check_leaves(expected, read, "the state to restore")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host, metrics
 from t5x_sparsity.core import flatten, schedules
-from t5x_sparsity.plugin.checkpoints import write_record
+from t5x_sparsity.plan import Plan
+from t5x_sparsity.plugin.checkpoints import RECORD, write_record
 from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind, with_optimizer
 
 NOT_SPARSE = (
@@ -114,6 +116,7 @@ class SparseTrainer:
             self._schedules = schedules(self._plan)
             if kwargs.get("summary_dir") and jax.process_index() == 0:
                 write_record(kwargs["summary_dir"], self._plan)
+                _log_plan(self._plan, self._shapes, kwargs["summary_dir"])
 
     @functools.cached_property
     def _steps(self) -> dict[str, TrainStep]:
@@ -216,6 +219,23 @@ class SparseTrainer:
             if jax.process_index() == 0:
                 _log_report(rows, self._last_eval, self.reference_losses)
         super().close()
+
+
+def _log_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]], model_dir: str) -> None:
+    size = sum(layer.size for layer in plan.values())
+    pruned = sum(layer.level * layer.size for layer in plan.values())
+    whole = sum(math.prod(shape) for shape in shapes.values())
+    logging.info(
+        "%d of %d arrays are sparse, with %d of %d weights, %.2f%% of them zero in the end; "
+        "%s/%s lists them. The others stay dense.",
+        len(plan),
+        len(shapes),
+        size,
+        whole,
+        100 * pruned / size if size else 0,
+        model_dir,
+        RECORD,
+    )
 
 
 def _log_report(rows, losses: Mapping[str, float], references: Mapping[str, float]) -> None:

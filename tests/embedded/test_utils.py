@@ -221,6 +221,10 @@ def test_iterator_takes_other_iterables_and_refuses_nonsense():
     assert int(next(numbers)["x"][0]) == 2
     with pytest.raises(StopIteration):
         next(numbers)
+    ended = data.TrainIterator(Numbers(), SINGLE)
+    ended.skip(3)
+    with pytest.raises(ValueError, match="no batch after the first 3. Train for fewer steps"):
+        ended.warm_up()
     with pytest.raises(ValueError, match="get_dataset_fn returned list; it must return"):
         data.TrainIterator([{"x": 1}], SINGLE)
 

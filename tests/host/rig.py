@@ -196,7 +196,7 @@ def gin_script():
     """A __main__ with a train() for gin to bind, and gin's configuration cleared at the end."""
     script = types.ModuleType("__main__")
 
-    def train(trainer_cls=None, train_state_initializer_cls=None):
+    def train(trainer_cls=None, train_state_initializer_cls=None, relative_steps=None):
         return trainer_cls, train_state_initializer_cls
 
     train.__module__ = "__main__"

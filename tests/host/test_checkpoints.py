@@ -233,6 +233,20 @@ def test_other_rules_are_refused_in_the_same_model_dir(sparse, config, says):
     assert "Resume with the configuration that made it" in message
 
 
+@pytest.mark.parametrize(
+    ("saved_by", "says"), [(2, "of 2 processes, and this run has 1"), (0, "of 0 processes")]
+)
+def test_a_position_in_the_data_of_other_processes_is_named(tmp_path, sparse, saved_by, says):
+    folder = copy(sparse[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint_4/dataset")
+    for i in range(saved_by):
+        (folder / f"checkpoint_4/dataset/process_{i}-of-{saved_by}").mkdir(parents=True)
+    message = refused(folder, rigl())
+    assert "checkpoint_4 has the position in the training data" in message and says in message
+    assert "save_dataset = False" in message
+    assert int(run(folder, rigl(), 6, save={"save_dataset": False})["state/step"]) == 6
+
+
 def test_more_steps_and_another_schedule_are_no_other_rules(tmp_path, sparse):
     longer = rigl(end=9, period=1)
     assert int(run(copy(sparse[0], tmp_path / "run"), longer, 6)["state/step"]) == 6
@@ -301,6 +315,9 @@ def test_a_name_without_a_step_says_what_to_bind(path):
 
 def test_part_of_the_optimizers_state_is_refused():
     state = {"target": {"w": 1}, "state": {"param_states": {"mu": 1, "nu": 2}}}
+    with pytest.raises(ValueError, match="this run is dense; include a method's file, such as"):
+        from_dense(state, state)
+    state["state"]["sparsity"] = {"rng": 1, "masks": {"w": 1}}
     half = {"target": {"w": 1}, "state": {"param_states": {"mu": 1}}}
     with pytest.raises(
         ValueError, match="lacks 1 of 2 leaves of the optimizer's state: .*nu; set "

@@ -1,11 +1,8 @@
 """The trainer that the host is given."""
 
-import functools
-import re
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import rig
@@ -15,10 +12,6 @@ import t5x_sparsity as ts
 from t5x_sparsity import host, masks
 from t5x_sparsity.core import flatten
 from t5x_sparsity.plugin import SparseOptimizer, sparse_trainer
-from t5x_sparsity.plugin.optimizer import StepKind
-from t5x_sparsity.plugin.trainer import with_optimizer
-
-COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
 
 def mask_bytes(state):
@@ -209,73 +202,6 @@ def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
         ValueError, match=r"packed mask of 'decoder/.*SparsityConfig.pack_masks=False"
     ):
         init._check_masks_divide()
-
-
-@functools.cache
-def updated(data, model):
-    """The train state after one mask update from fixed weights and gradients, on a mesh."""
-    init, _, partitioner = rig.initializer(rig.rigl(), partitioner=rig.MeshPartitioner(data, model))
-    state = init.from_scratch(jax.random.PRNGKey(0))
-    leaves, treedef = jax.tree.flatten(state.params)
-    grads = treedef.unflatten(
-        [
-            np.asarray(jax.random.normal(jax.random.key(i), x.shape, x.dtype))
-            for i, x in enumerate(leaves)
-        ]
-    )
-    driven = state._optimizer.optimizer_def.for_step(StepKind.UPDATE)
-    axes = with_optimizer(init.train_state_axes, driven)
-    step = partitioner.partition(
-        lambda s, g: s.apply_gradient(g, learning_rate=0.1),
-        in_axis_resources=(axes, axes.params),
-        out_axis_resources=axes,
-    )
-    return step(with_optimizer(state, driven), grads)
-
-
-@pytest.mark.parametrize(("data", "model"), [(2, 1), (4, 1), (1, 4), (2, 2)])
-def test_masks_are_the_same_on_every_mesh(data, model):
-    """From the same weights and gradients, bit for bit; each mask is sharded as its weight."""
-    one, many = updated(1, 1), updated(data, model)
-    ours, theirs = mask_bytes(many), mask_bytes(one)
-    for path in theirs:
-        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
-    weights = flatten(many.params)
-    split = 0
-    for path, mask in many._optimizer.state.sparsity.masks.items():
-        assert mask.dtype == jnp.uint8 and mask.size * 8 == weights[path].size
-        assert mask.sharding.spec == weights[path].sharding.spec
-        split += mask.sharding.shard_shape(mask.shape) != mask.shape
-    assert bool(split) == (model > 1)
-
-
-def test_runs_agree_on_every_mesh():
-    losses = {}
-    for data, model in ((1, 1), (2, 2)):
-        trainer = rig.trainer(rig.rigl(), partitioner=rig.MeshPartitioner(data, model))
-        losses[data, model] = [float(rig.run(trainer, 1, start=i)["loss"].value) for i in range(6)]
-        trainer.close()
-    for mesh, values in losses.items():
-        np.testing.assert_allclose(values, losses[1, 1], rtol=2e-3, err_msg=str(mesh))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_no_weight_moves_between_devices(optimizer):
-    """The compiled steps gather what the dense step gathers, and sort nothing."""
-    partitioner = rig.MeshPartitioner(1, 4)
-
-    def compiled(step, state):
-        return step.lower(state, rig.batch()).compile().as_text()
-
-    dense = rig.trainer(None, optimizer, partitioner)
-    base = compiled(dense._partitioned_train_step, dense.train_state)
-    sparse = rig.trainer(rig.rigl(), optimizer, partitioner)
-    for name, step in sparse.train_step_variants().items():
-        text = compiled(step, sparse.train_state)
-        assert len(COLLECTIVE.findall(text)) <= len(COLLECTIVE.findall(base)), name
-        assert not re.search(r" sort\(", text), name
-    dense.close()
-    sparse.close()
 
 
 def test_plain_step_does_nothing_but_mask(trainer):

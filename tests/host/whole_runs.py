@@ -11,7 +11,7 @@ import tensorflow as tf
 from t5x_sparsity import host
 from t5x_sparsity.plugin import SparseTrainStateInitializer, from_dense, sparse_trainer
 
-LENGTH, BATCH = 8, 8
+LENGTH, BATCH = rig.LENGTH, rig.BATCH
 
 
 def _examples(split, shuffle_files, seed=None):
@@ -22,15 +22,16 @@ def _examples(split, shuffle_files, seed=None):
 
 
 @functools.cache
-def task():
-    """The name of the task of random tokens; it is registered at the first call."""
+def task(features=("targets",)):
+    """The name of a task of random tokens; it is registered at the first call."""
+    name = "_".join(("whole_runs", *features))
     seqio.TaskRegistry.add(
-        "whole_runs",
+        name,
         source=seqio.FunctionDataSource(_examples, splits=("train", "validation")),
-        preprocessors=[],
-        output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
+        preprocessors=[seqio.map_over_dataset(lambda x: dict.fromkeys(features, x["targets"]))],
+        output_features={f: seqio.Feature(seqio.ByteVocabulary(), add_eos=False) for f in features},
     )
-    return "whole_runs"
+    return name
 
 
 def stacked(optimizer_def, names=("mlp",)):
@@ -39,10 +40,10 @@ def stacked(optimizer_def, names=("mlp",)):
     return host.models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def)
 
 
-def data(split="train"):
+def data(features=("targets",), split="train"):
     return host.utils.DatasetConfig(
-        mixture_or_task_name=task(),
-        task_feature_lengths={"targets": LENGTH},
+        mixture_or_task_name=task(features),
+        task_feature_lengths=dict.fromkeys(features, LENGTH),
         split=split,
         batch_size=BATCH,
         shuffle=False,
@@ -62,7 +63,12 @@ def restore_dense(path, **kwargs):
     )
 
 
-def run(
+def run(*args, **kwargs):
+    """The leaves of the final state of `train`, by path."""
+    return leaves(train(*args, **kwargs)[1])
+
+
+def train(
     model_dir,
     config,
     steps,
@@ -74,12 +80,14 @@ def run(
     build=stacked,
     partitioner=None,
     base=None,
+    features=("targets",),
+    trainer_arguments=None,
     **kwargs,
 ):
     """Trains up to `steps`, saving every 2; a config of None trains dense.
 
     Returns:
-      The leaves of the final state, by path.
+      The last step and the final state.
     """
     model_dir = str(model_dir)
     checkpoint_cfg = host.utils.CheckpointConfig(
@@ -88,7 +96,11 @@ def run(
         ),
         restore=restore or host.utils.RestoreCheckpointConfig(path=[]),
     )
-    settings = {"learning_rate_fn": lambda step: 1e-2, "num_microbatches": None}
+    settings = {
+        "learning_rate_fn": lambda step: 1e-2,
+        "num_microbatches": None,
+        **(trainer_arguments or {}),
+    }
     base = base or host.Trainer
     arguments = {"trainer_cls": functools.partial(base, **settings)}
     if config is not None:
@@ -101,22 +113,23 @@ def run(
                 checkpoint_cfg=checkpoint_cfg,
             ),
         }
-    _, state = host.train_lib.train(
-        model=build(rig.OPTIMIZERS[optimizer]()),
-        train_dataset_cfg=data(),
+    defaults = {
+        "eval_steps": 1,
+        "eval_period": 2,
+        "random_seed": 0,
+        "summarize_config_fn": lambda model_dir, writer, step: None,
+    }
+    return host.train_lib.train(
+        model=build(rig.OPTIMIZERS[optimizer]() if isinstance(optimizer, str) else optimizer()),
+        train_dataset_cfg=data(features),
         train_eval_dataset_cfg=None,
         infer_eval_dataset_cfg=None,
         checkpoint_cfg=checkpoint_cfg,
         partitioner=partitioner or rig.MeshPartitioner(*mesh),
         model_dir=model_dir,
         total_steps=steps,
-        eval_steps=1,
-        eval_period=2,
-        random_seed=0,
-        summarize_config_fn=lambda model_dir, writer, step: None,
-        **{**arguments, **kwargs},
+        **{**defaults, **arguments, **kwargs},
     )
-    return leaves(state)
 
 
 def leaves(state):
