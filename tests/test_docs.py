@@ -7,7 +7,9 @@ import subprocess
 
 import gin
 import jax.numpy as jnp
+import model_table
 import numpy as np
+import optimizer_table
 import pytest
 import rig
 from test_run import command, environment, saved, write_run
@@ -78,6 +80,24 @@ def test_a_row_is_what_the_code_is(row):
 @pytest.mark.parametrize("include", ["saliency", "global_saliency"])
 def test_sums_of_gradients_take_what_the_page_says(include):
     assert extra_state(config_of(include, "GRADIENT_STEPS = 2")) == 4
+
+
+def test_the_tests_that_the_table_names_are_there():
+    page = (DOCS / "t5x_tests.md").read_text()
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)(?:\[([\w-]+)\])?`", page)
+    assert len(named) > 40
+    for file, function, case in named:
+        text = (rig.ROOT / f"tests/host/{file}.py").read_text()
+        assert re.search(rf"^def {function}\(", text, re.MULTILINE), function
+        if case:
+            cases = {"test_optimizer": optimizer_table.CASES, "test_model": model_table.CASES}
+            assert case in cases.get(function, model_table.CASES), case
+    common = re.findall(r"`(test_\w+)`", page)
+    text = (rig.ROOT / "tests/host/test_optimizer.py").read_text()
+    assert len(common) == 5 and all(f"def {name}(name" in text for name in common)
+    rows = [cell for table in tables("t5x_tests.md")[:1] for row in table[1:] for cell in row[1:2]]
+    ids = {name for cell in rows for name in re.findall(r"`([\w-]+)`", cell)}
+    assert ids == set(optimizer_table.CASES) | set(optimizer_table.T5X_ONLY)
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))

@@ -52,7 +52,7 @@ def _weight(leaves, name):
     return leaves["target/" + name.removeprefix("state/sparsity/masks/")].size
 
 
-def travel(tmp_path, run, other_mesh):
+def travel(tmp_path, run, other_mesh, can_restore_dense=True):
     """Dense, from dense to sparse, resumed, on another mesh, and dense again."""
     trained = run(tmp_path / "dense", None, 2)
     restore = restore_dense(tmp_path / "dense/checkpoint_2")
@@ -67,6 +67,11 @@ def travel(tmp_path, run, other_mesh):
     moved = run(tmp_path / "parts", CONFIG, 8, **other_mesh)
     assert checked(moved) == checked(whole) and int(moved["state/step"]) == 8
 
+    if not can_restore_dense:
+        # as plain T5X where a part of a MultiOptimizer leaves weights alone
+        with pytest.raises(ValueError, match="param_states"):
+            run(tmp_path / "dense", None, 4)
+        return
     back = host.utils.RestoreCheckpointConfig(
         path=str(tmp_path / "whole/checkpoint_6"), mode="specific"
     )
@@ -77,7 +82,9 @@ def travel(tmp_path, run, other_mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizer(tmp_path, optimizer):
-    travel(tmp_path, functools.partial(run, optimizer=optimizer), {"mesh": (2, 2)})
+    can_restore_dense = host.NAME != "t5x" or optimizer not in ("multi", "multi-frozen")
+    there = functools.partial(run, optimizer=optimizer)
+    travel(tmp_path, there, {"mesh": (2, 2)}, can_restore_dense)
 
 
 @pytest.mark.slow
