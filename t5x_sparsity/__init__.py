@@ -92,6 +92,7 @@ __all__ = [
     "checkpoint_step",
     "from_dense",
     "host",
+    "make_sparse",
     "sparse_trainer",
     "sparsify",
     "sparsity_summary",
@@ -103,6 +104,7 @@ _LAZY = {
     "SparseTrainStateInitializer": "t5x_sparsity.plugin",
     "checkpoint_step": "t5x_sparsity.plugin",
     "from_dense": "t5x_sparsity.plugin",
+    "make_sparse": "t5x_sparsity.plugin",
     "sparse_trainer": "t5x_sparsity.plugin",
 }
 

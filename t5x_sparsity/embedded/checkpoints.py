@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 _PREFIX = "checkpoint"
 _STATE, _DATASET = "state", "dataset"
+_COUNT = "metadata"  # Orbax's name for a file of JSON
 _SHOWN = 5
 
 
@@ -164,9 +165,10 @@ def _shape(leaf: Any) -> str:
 
 
 def saved_batches(path: str) -> int | None:
-    """How many training batches the run had read at the checkpoint; None if that isn't saved."""
+    """How many training batches the run had read at the checkpoint; None if it doesn't say."""
     item = epath.Path(path) / _DATASET
-    if not item.is_dir():
+    # T5X saves the state of a tf.data iterator there, which is nothing like a count
+    if not (item / _COUNT).is_file():
         return None
     return ocp.JsonCheckpointHandler().restore(item, args=ocp.args.JsonRestore()).get("batches")
 

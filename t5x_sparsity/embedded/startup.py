@@ -151,7 +151,7 @@ def _batches(path: str) -> int:
     if batches is None:
         raise ValueError(
             f"{path} holds no position in the training data: it was saved with "
-            "utils.SaveCheckpointConfig.save_dataset = False. Set save_dataset (and "
+            "utils.SaveCheckpointConfig.save_dataset = False, or by T5X. Set save_dataset (and "
             "utils.RestoreCheckpointConfig.restore_dataset) to False to read from the start."
         )
     return batches

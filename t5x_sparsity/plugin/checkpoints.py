@@ -7,6 +7,7 @@ beside the checkpoints of a run says by which rules its masks were made.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,7 @@ def check_sources(
     Raises:
       ValueError: the checkpoint can't be read, has no masks, or was made with other rules.
     """
+    model_dir = _absolute(model_dir) if model_dir else None
     step = host.checkpoints.latest_step(model_dir) if _is_dir(model_dir) else None
     if step is not None:
         path = epath.Path(model_dir) / f"checkpoint_{step}"
@@ -51,7 +53,7 @@ def check_sources(
     restore = getattr(checkpoint_cfg, "restore", None)
     if restore is None or not isinstance(restore.path, str):
         return
-    path = restore.path
+    path = _absolute(restore.path)
     if epath.Path(path + ".index").exists():
         raise ValueError(
             f"{path} is a TensorFlow checkpoint, and T5X adds nothing to those as it reads them, "
@@ -66,6 +68,7 @@ def check_sources(
     # a transformation may well make one fit
     if not restore.state_transformation_fns:
         check_leaves(expected, _sparsity_of(leaves), f"the checkpoint {path}")
+        _check_masks_will_fit(epath.Path(path), plan)
 
 
 def write_record(model_dir: str, plan: Plan) -> None:
@@ -82,8 +85,8 @@ def from_dense(
 ) -> Mapping[str, Any]:
     """A state transformation for RestoreCheckpointConfig: starts a sparse run from a dense one.
 
-    It lets a checkpoint lack masks, which are then made from its weights, and the whole state of
-    the optimizer, which then starts afresh, but nothing else.
+    It lets a checkpoint lack masks, which are then made from its weights, the whole state of the
+    optimizer, which then starts afresh, and the step, which is then 0; but nothing else.
 
     Args:
       checkpoint: nested dict of what the checkpoint has.
@@ -109,6 +112,7 @@ def from_dense(
         )
     for part, what, remedy in (
         ("target/", "weights of this model", "set MODEL to the checkpoint's"),
+        ("flax_mutables/", "mutable variables of this model", "set MODEL to the checkpoint's"),
         (
             "state/param_states/",
             "leaves of the optimizer's state",
@@ -118,7 +122,7 @@ def from_dense(
     ):
         names = [k for k in wanted if k.startswith(part) and wanted[k] is not None]
         missing = sorted(k for k in names if k not in saved)
-        if len(missing) == len(names) and part != "target/":
+        if len(missing) == len(names) and part == "state/param_states/":
             if names:
                 logging.warning("The checkpoint has no state of this optimizer; it starts afresh.")
         elif missing:
@@ -143,6 +147,11 @@ def checkpoint_step(path: str) -> int:
             "the folder checkpoint_<step>, or bind t5x_sparsity.Periodic.start_step to the step"
         )
     return int(match[1])
+
+
+def _absolute(path: str) -> str:
+    """What the embedded host makes of a local path; T5X takes no other than absolute ones."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _is_dir(path: str | None) -> bool:
@@ -217,21 +226,67 @@ def _record(plan: Plan) -> dict[str, dict[str, Any]]:
             "kept": layer.kept,
             "pattern": repr(layer.pattern),
             "algorithm": type(layer.algorithm).__name__,
+            "start_step": _start_step(layer.algorithm.updates),
         }
         for path, layer in plan.items()
     }
 
 
-def _check_record(path: epath.Path, plan: Plan) -> None:
+def _start_step(updates: Any) -> int:
+    return getattr(updates, "start_step", 0)
+
+
+def _read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
+    """The record at `path`; empty if there is none."""
     if not path.exists():
-        return
-    before, now = json.loads(path.read_text()), _record(plan)
-    changed = [
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        return {p: dict(values) for p, values in record.items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{path} is no record of a run's rules of sparsity ({type(e).__name__}: {e}); move it "
+            "away to go on without it: then nothing checks that the run keeps its rules"
+        ) from e
+
+
+def _changes(before: Mapping[str, Any], plan: Plan, keys: tuple[str, ...]) -> list[str]:
+    now = _record(plan)
+    return [
         f"{key} of {p} was {before[p][key]} and is {now[p][key]}"
         for p in now
-        for key in ("sparsity", "kept", "pattern", "algorithm")
-        if p in before and before[p][key] != now[p][key]
+        for key in keys
+        if key in before.get(p, {}) and before[p][key] != now[p][key]
     ]
+
+
+def _check_masks_will_fit(path: epath.Path, plan: Plan) -> None:
+    """A sparse run may start from another's masks; what no update will change must fit as it is."""
+    if not (match := re.search(r"checkpoint_(\d+)$", path.name)):
+        return
+    lasts = {p: layer.algorithm.updates.last for p, layer in plan.items()}
+    stay = {p: plan[p] for p, last in lasts.items() if last is None or last < int(match[1])}
+    changed = _changes(_read_record(path.parent / RECORD), stay, ("sparsity", "kept", "pattern"))
+    if changed:
+        raise ValueError(
+            f"the masks of {path} were made by other rules of sparsity, and this run has no mask "
+            f"update after step {match[1]} that would change them: {_few(changed)}. Take the rules "
+            "that made them, or a method and a schedule that update masks after that step"
+        )
+
+
+def _check_record(path: epath.Path, plan: Plan) -> None:
+    if not path.exists():
+        logging.warning("%s is missing: nothing checks that the run keeps its rules.", path)
+    before = _read_record(path)
+    started = _changes(before, plan, ("start_step",))
+    if started:
+        raise ValueError(
+            f"{path.parent} holds a run whose mask updates count from another step: "
+            f"{_few(started, 1)}. A run that began with 'sparsity/from_dense.gin' is resumed with "
+            "it, and with the INITIAL_CHECKPOINT_PATH that it began with; another run without"
+        )
+    changed = _changes(before, plan, ("sparsity", "kept", "pattern", "algorithm"))
     if changed:
         raise ValueError(
             f"{path.parent} holds a run with other rules of sparsity: {_few(changed)}. Resume with "
@@ -298,4 +353,21 @@ def check_masks_will_change(plan: Plan, step: int) -> None:
             "and shares such as MASK_UPDATE_END = 0.75 are of the steps from "
             "t5x_sparsity.Periodic.start_step to TRAIN_STEPS; set them so that updates come after "
             f"step {step}"
+        )
+
+
+def check_start_step(plan: Plan, step: int) -> None:
+    """Raises ValueError where mask updates count from a step that a run at `step` is yet to reach.
+
+    The step is then not the checkpoint's: it wasn't read, or not its step.
+    """
+    start = max((_start_step(s) for s in schedules(plan)), default=0)
+    if start > step:
+        raise ValueError(
+            f"the run starts at step {step}, but its mask updates count from step {start} "
+            "(t5x_sparsity.Periodic.start_step, by 'sparsity/from_dense.gin' the step in the name "
+            "of INITIAL_CHECKPOINT_PATH). If the checkpoint wasn't read, leave "
+            "utils.RestoreCheckpointConfig.mode at 'specific'; if it was, and steps are to count "
+            "anew, bind t5x_sparsity.Periodic.start_step and t5x_sparsity.OneShot.start_step to "
+            f"{step}"
         )

@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_sparsity import host
+from t5x_sparsity.algorithms import DENSE
 from t5x_sparsity.core import (
     SparsityConfig,
     SparsityState,
@@ -213,11 +214,16 @@ class SparseOptimizer(host.OptimizerDef):
         expected = sparsity_leaves(opt_state.sparsity)
         read = {k: v for k, v in sparse.items() if v is not None}
         has_masks = any(k.startswith(f"{SPARSITY}masks/") for k in read)
-        if len(read) < len(sparse) and not has_masks:
+        if self.fills_in and not read and _same_leaves(opt_target, target):
+            # nothing was loaded, as where T5X replaces the step: the masks are of these weights
+            sparsity = opt_state.sparsity
+        elif len(read) < len(sparse) and not has_masks:
+            slots = {k: v for k, v in reference.items() if _is_slot(k)}
+            _check_shapes(slots, dense)
             target, sparsity = self._start_from(opt_target, target, base_state.step)
         else:
             check_leaves(expected, read, "the state to restore")
-            sparsity = _with_leaves(opt_state.sparsity, read)
+            sparsity = _in_dtype_of(target, _with_leaves(opt_state.sparsity, read))
         return target, SparseOptimizerState(
             step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
         )
@@ -279,6 +285,40 @@ def _with_leaves(like: SparsityState, leaves: dict[str, Any]) -> SparsityState:
             for name, arrays in like.slots.items()
         },
     )
+
+
+def _in_dtype_of(target, sparsity: SparsityState) -> SparsityState:
+    """Dense weights under a mask in their weight's dtype, which the host may have read in another.
+
+    The model sees what is made of them, and no train step may change its weights' dtype.
+    """
+    if DENSE not in sparsity.slots:
+        return sparsity
+    weights = flatten(target)
+
+    def cast(x, like):
+        # a state of axes has no dtypes
+        known = hasattr(x, "astype") and hasattr(like, "dtype")
+        return x.astype(like.dtype) if known and x.dtype != like.dtype else x
+
+    dense = {p: cast(x, weights[p]) for p, x in sparsity.slots[DENSE].items()}
+    return sparsity._replace(slots={**sparsity.slots, DENSE: dense})
+
+
+def _same_leaves(a, b) -> bool:
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """The host reads a slot in whatever shape it was saved."""
+    for name, leaf in expected.items():
+        was, now = getattr(found.get(name), "shape", None), getattr(leaf, "shape", None)
+        if was is not None and now is not None and tuple(was) != tuple(now):
+            raise ValueError(
+                f"{name} has shape {tuple(was)} in the checkpoint and {tuple(now)} in this run's "
+                "optimizer; set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
+                "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]"
+            )
 
 
 def _untrained(optimizer, params) -> set[str]:

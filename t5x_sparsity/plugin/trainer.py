@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from t5x_sparsity import host, metrics
 from t5x_sparsity.core import flatten, schedules
 from t5x_sparsity.plan import Plan
-from t5x_sparsity.plugin.checkpoints import RECORD, write_record
+from t5x_sparsity.plugin.checkpoints import RECORD, check_start_step, write_record
 from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind, with_optimizer
 
 NOT_SPARSE = (
@@ -42,7 +42,8 @@ def sparse_trainer(
       **kwargs: what T5X's `train` passes to a trainer.
 
     Raises:
-      ValueError: the train state has no masks.
+      ValueError: the train state has no masks, or is at a step before the one that mask updates
+        count from.
     """
     cls = type(f"Sparse{base.__name__}", (SparseTrainer, base), {})
     trainer = cls(**kwargs)
@@ -103,6 +104,10 @@ class SparseTrainer:
             # a state made from scratch is the run's own from here on
             optimizer = kwargs["train_state_axes"]._optimizer.optimizer_def
             kwargs = kwargs | {"train_state": with_optimizer(train_state, optimizer)}
+            # an abstract state, to compile ahead of time, has no step yet
+            if not isinstance(train_state.step, jax.ShapeDtypeStruct):
+                step = int(host.utils.get_local_data(train_state.step))
+                check_start_step(optimizer.plan(train_state.params), step)
         super().__init__(**kwargs)
         self._optimizer_def = optimizer
         self._compiled_steps: dict[str, TrainStep] | None = None

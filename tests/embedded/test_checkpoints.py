@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import embedded_micro as micro
 import jax
@@ -173,6 +174,12 @@ def test_position_in_the_data(tmp_path):
     path = saved(tmp_path / "with", tree(1), dataset_iterator=Counted())
     assert checkpoints.saved_batches(path) == 41
     assert checkpoints.saved_batches(saved(tmp_path / "without", tree(1))) is None
+    # T5X has the state of a tf.data iterator there
+    path = saved(tmp_path / "t5x", tree(1))
+    iterator = Path(path) / "dataset" / "train_ds-00000-of-00001.index"
+    iterator.parent.mkdir()
+    iterator.write_text("")
+    assert checkpoints.saved_batches(path) is None
 
 
 def refused(path, expected, **kwargs):

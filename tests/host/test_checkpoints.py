@@ -261,6 +261,7 @@ def test_the_record_of_a_run_is_written_whole(sparse):
         "kept": 1024,
         "pattern": "Unstructured()",
         "algorithm": "RigL",
+        "start_step": 0,
     }
     assert not list(sparse[0].glob("*.tmp"))
 

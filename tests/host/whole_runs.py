@@ -1,6 +1,8 @@
 """Whole runs of the host's own train(), in this process: a tiny stacked model, a few hundred ms."""
 
 import functools
+import time
+from pathlib import Path
 
 import flax.traverse_util
 import numpy as np
@@ -119,7 +121,7 @@ def train(
         "random_seed": 0,
         "summarize_config_fn": lambda model_dir, writer, step: None,
     }
-    return host.train_lib.train(
+    end = host.train_lib.train(
         model=build(rig.OPTIMIZERS[optimizer]() if isinstance(optimizer, str) else optimizer()),
         train_dataset_cfg=data(features),
         train_eval_dataset_cfg=None,
@@ -130,6 +132,11 @@ def train(
         total_steps=steps,
         **{**defaults, **arguments, **kwargs},
     )
+    # T5X doesn't wait for the save before the first step where there is no step to take
+    deadline = time.monotonic() + 60
+    while list(Path(model_dir).glob("*-tmp*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return end
 
 
 def leaves(state):
