@@ -69,6 +69,12 @@ def _check_both_halves(config: Config) -> None:
 def _check_macros(config: Config) -> None:
     bound = {scope for scope, selector in config if selector == "gin.macro"}
     read = {name for bindings in config.values() for v in bindings.values() for name in _macros(v)}
+    if "INITIAL_CHECKPOINT_PATH" in bound - read:
+        raise ValueError(
+            "INITIAL_CHECKPOINT_PATH is bound, but nothing reads it, and the run would start from "
+            "scratch; include 'sparsity/from_dense.gin' for a dense checkpoint, or bind "
+            "utils.RestoreCheckpointConfig.path for a sparse one"
+        )
     for name in sorted(bound - read):
         if name in MACROS:
             raise ValueError(

@@ -46,6 +46,11 @@ def test_without_a_path_the_error_names_it(configure):
         configure(RIGL + FROM_DENSE)
 
 
+def test_a_path_that_nothing_reads_is_an_error(configure):
+    with pytest.raises(ValueError, match="INITIAL_CHECKPOINT_PATH is bound, but nothing reads it"):
+        configure(RIGL + PATH)
+
+
 def test_train_steps_must_count_the_dense_runs(configure):
     configure(RIGL + FROM_DENSE + PATH, "TRAIN_STEPS = 400")
     with pytest.raises(ValueError, match=r"starts at step 1000 and total_steps \(gin: TRAIN_STEPS"):
