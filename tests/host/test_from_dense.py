@@ -4,7 +4,8 @@ import gin
 import numpy as np
 import pytest
 import rig
-from test_run import command, environment, saved, write_run
+import runs
+from runs import saved, write_run
 
 import t5x_sparsity as ts
 from t5x_sparsity import host, masks
@@ -73,16 +74,7 @@ def test_relative_steps_are_refused_where_shares_are_of_train_steps(configure):
 
 
 def run(*arguments, **kwargs):
-    import subprocess
-
-    done = subprocess.run(
-        command(*arguments, **kwargs),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+    done = runs.run(*arguments, **kwargs)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
