@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rig
+import runs
 from jax.sharding import PartitionSpec
 
 import t5x_sparsity as ts
@@ -99,12 +100,6 @@ def whole(tmp_path_factory):
     return model_dir, rig.leaves(state)
 
 
-def same(a, b):
-    assert a.keys() == b.keys() and any("sparsity/masks" in k for k in a)
-    for path in a:
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-
-
 def checkpoints_in(folder):
     return sorted(int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*"))
 
@@ -148,7 +143,7 @@ def test_a_preempted_run_saves_and_goes_on_exactly(tmp_path, whole):
     assert max(checkpoints_in(tmp_path)) == 5
     step, state = inprocess.train(tmp_path)
     assert step == inprocess.STEPS
-    same(rig.leaves(state), whole[1])
+    runs.assert_equal(rig.leaves(state), whole[1])
 
 
 def cut(path):
