@@ -337,7 +337,7 @@ class NByM(_Weights):
             inner = [a if a <= axis else a + 1 for a in free]
             n = jnp.expand_dims(n, (*inner, axis + 1))
         shape = (*scores.shape[:axis], -1, self.m, *scores.shape[axis + 1 :])
-        groups = _ordered(scores).reshape(shape)
+        groups = select.ordered_keys(scores).reshape(shape)
         tier = jnp.ones(groups.shape, jnp.uint8)
         if where is not None:
             tier = where.reshape(shape).astype(jnp.uint8)
@@ -353,12 +353,3 @@ class NByM(_Weights):
             rank += (before | (tied & (j < place))).astype(jnp.int32)
         chosen = (rank < n) & (tier > 0)
         return chosen.reshape(scores.shape)
-
-
-def _ordered(scores: jax.Array) -> jax.Array:
-    """uint32 keys in the order of the scores, as the search compares them."""
-    digits = select.score_digits(scores)
-    key = digits[0].astype(jnp.uint32)
-    for digit in digits[1:]:
-        key = (key << 16) | digit.astype(jnp.uint32)
-    return key

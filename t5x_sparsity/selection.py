@@ -23,7 +23,8 @@ class Choice(NamedTuple):
       stack_axes: axes along which slices are chosen apart.
       where: bool, the weight's shape; only these may be chosen. None: all.
       keep: bool, the weight's shape; these, whole units, are kept in any case and count towards k.
-      alike: equal for weights that are sharded alike, which may then be searched as one stack.
+      alike: equal for weights that are sharded alike, which may then be searched as one stack; a
+        stack of weights that are not would move them. None: searched by itself.
     """
 
     pattern: Pattern
@@ -37,32 +38,68 @@ class Choice(NamedTuple):
 
 def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
     """Returns for every weight the mask of what is kept, all weights in one search."""
-    masks, search = {}, {}
-    fixed = [p for p, c in choices.items() if c.pattern.fixed_level is not None]
+    masks: dict[str, jax.Array] = {}
+    stacks = _stacked(choices)
+    fixed = [n for n, (_, c) in enumerate(stacks) if c.pattern.fixed_level is not None]
+    search = [n for n in range(len(stacks)) if n not in fixed]
+    found: dict[int, jax.Array] = {}
     if fixed:
-        scores = select.settled([choices[p].scores for p in fixed])
-        for path, settled in zip(fixed, scores, strict=True):
-            choice = choices[path]
-            masks[path] = choice.pattern.choose(
+        scores = select.settled([stacks[n][1].scores for n in fixed])
+        for n, settled in zip(fixed, scores, strict=True):
+            choice = stacks[n][1]
+            found[n] = choice.pattern.choose(
                 settled, choice.k, choice.keep, choice.where, choice.stack_axes
             )
-    for path, choice in choices.items():
-        if path not in masks:
-            search[path] = _split(_of_units(choice))
     if search:
-        asked = {path: _fill_request(choice) for path, choice in search.items()}
-        found = select.top_k_masks(
-            [choice.scores for choice in search.values()],
-            [k for k, _ in asked.values()],
-            where=[where for _, where in asked.values()],
-            stack_axes=[choice.stack_axes for choice in search.values()],
-            alike=[choice.alike for choice in search.values()],
+        units = [_split(_of_units(stacks[n][1])) for n in search]
+        asked = [_fill_request(choice) for choice in units]
+        chosen = select.top_k_masks(
+            [choice.scores for choice in units],
+            [k for k, _ in asked],
+            where=[where for _, where in asked],
+            stack_axes=[choice.stack_axes for choice in units],
         )
-        for (path, choice), units in zip(search.items(), found, strict=True):
-            units = units if choice.keep is None else units | choice.keep
-            scores, axes = choices[path].scores, choices[path].stack_axes
-            masks[path] = choice.pattern.expand(units, scores.shape, axes)
+        for n, choice, mask in zip(search, units, chosen, strict=True):
+            mask = mask if choice.keep is None else mask | choice.keep
+            scores, axes = stacks[n][1].scores, stacks[n][1].stack_axes
+            found[n] = choice.pattern.expand(mask, scores.shape, axes)
+    for n, (paths, _) in enumerate(stacks):
+        masks |= {p: found[n][i] if len(paths) > 1 else found[n] for i, p in enumerate(paths)}
     return {path: masks[path] for path in choices}
+
+
+def _stacked(choices: Mapping[str, Choice]) -> list[tuple[list[str], Choice]]:
+    """Choices with those that are alike as one, along a new first axis, and the paths in it.
+
+    It keeps the compiled program small however many layers a model has.
+    """
+    members: dict[Hashable, list[str]] = {}
+    for path, c in choices.items():
+        key = path
+        if c.alike is not None:
+            given = c.where is None, c.keep is None
+            key = (c.alike, c.pattern, c.scores.shape, c.scores.dtype.name, c.stack_axes, given)
+        members.setdefault(key, []).append(path)
+    return [(paths, _one_of([choices[p] for p in paths])) for paths in members.values()]
+
+
+def _one_of(alike: list[Choice]) -> Choice:
+    """One choice of several alike."""
+    first = alike[0]
+    if len(alike) == 1:
+        return first
+    axes = tuple(a % first.scores.ndim for a in first.stack_axes)
+    k = first.k
+    if not all(isinstance(c.k, int) and c.k == k for c in alike):
+        stacked = tuple(first.scores.shape[a] for a in sorted(axes))
+        k = jnp.stack([jnp.broadcast_to(jnp.asarray(c.k, jnp.int32), stacked) for c in alike])
+    return first._replace(
+        scores=jnp.stack([c.scores for c in alike]),
+        k=k,
+        stack_axes=(0, *(a + 1 for a in axes)),
+        where=None if first.where is None else jnp.stack([c.where for c in alike]),
+        keep=None if first.keep is None else jnp.stack([c.keep for c in alike]),
+    )
 
 
 def select_jointly(
@@ -118,7 +155,6 @@ def _of_units(choice: Choice) -> Choice:
         scores=pattern.pool(choice.scores, axes),
         where=pooled(choice.where),
         keep=pooled(choice.keep),
-        alike=None if choice.alike is None else (choice.alike, pattern),
     )
 
 
