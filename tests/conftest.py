@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+import tempfile
 import warnings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,6 +13,14 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# One program is compiled once by all workers and the runs they start; it is gone after the tests.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWN_CACHE = None
+if _CACHE not in os.environ:
+    _OWN_CACHE = os.environ[_CACHE] = tempfile.mkdtemp(prefix="t5x_sparsity_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from hypothesis import settings
 
@@ -28,5 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure():
+    if _OWN_CACHE:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
     if _HAS_T5X:
         warnings.filterwarnings("ignore", "unclosed", ResourceWarning)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.values
@@ -71,10 +72,10 @@ class TrainStep:
         """Lowers for ahead-of-time compilation; abstract arguments will do."""
         return self._step.lower(with_optimizer(train_state, self._optimizer), batch)
 
-    def compiled(self, partitioner, train_state, batch) -> TrainStep:
-        """This step, compiled."""
-        state = with_optimizer(train_state, self._optimizer)
-        return TrainStep(partitioner.compile(self._step, state, batch), self._optimizer)
+    def compiler(self, train_state, batch) -> Callable[[], TrainStep]:
+        """Traces the step; what is returned compiles it, in whatever thread."""
+        lowered = self.lower(train_state, batch)
+        return lambda: TrainStep(lowered.compile(), self._optimizer)
 
 
 class _Summary:
@@ -110,7 +111,7 @@ class SparseTrainer:
                 check_start_step(optimizer.plan(train_state.params), step)
         super().__init__(**kwargs)
         self._optimizer_def = optimizer
-        self._compiled_steps: dict[str, TrainStep] | None = None
+        self._compiled_steps: dict[str, concurrent.futures.Future[TrainStep]] = {}
         self._host_step: int | None = None
         self._last_eval: dict[str, float] = {}
         self._trained = False
@@ -150,11 +151,23 @@ class SparseTrainer:
         """Runs the step that is due; the host counts, nothing is read from the device."""
         if self._host_step is None:
             self._host_step = int(host.utils.get_local_data(train_state.step))
-        due = any(updates.is_update(self._host_step) for updates in self._schedules)
+        step = self._step_of(self._kind(self._host_step))
         self._host_step += 1
-        steps = self._compiled_steps or self._steps
-        kind = StepKind.UPDATE if due and StepKind.UPDATE.value in steps else StepKind.PLAIN
-        return steps[kind.value](train_state, batch)
+        return step(train_state, batch)
+
+    def _kind(self, step: int) -> str:
+        due = any(updates.is_update(step) for updates in self._schedules)
+        return (StepKind.UPDATE if due else StepKind.PLAIN).value
+
+    def _step_of(self, kind: str) -> TrainStep:
+        if not self._compiled_steps:
+            return self._steps[kind]
+        for compiling in self._compiled_steps.values():
+            if (
+                compiling.done()
+            ):  # that one can't be compiled is better known now than when it's due
+                compiling.result()
+        return self._compiled_steps[kind].result()
 
     def train(self, batch_iter, num_steps, start_step=None):
         """As the base's; the summary also has the sparsity reached."""
@@ -170,13 +183,17 @@ class SparseTrainer:
         return _Summary(summary, scalars)
 
     def compile_train(self, batch) -> None:
-        """Compiles both steps."""
+        """Compiles the step that comes first; a thread compiles the other as that one runs."""
         tick = time.time()
         state = self.train_state
-        self._compiled_steps = {
-            name: step.compiled(self._partitioner, state, batch)
-            for name, step in self._steps.items()
-        }
+        first = self._kind(int(host.utils.get_local_data(state.step)))
+        order = sorted(self._steps, key=lambda kind: kind != first)
+        # traced here, where a mistake stops the run before it starts
+        compilers = {kind: self._steps[kind].compiler(state, batch) for kind in order}
+        pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiled_steps = {kind: pool.submit(c) for kind, c in compilers.items()}
+        pool.shutdown(wait=False)
+        self._compiled_steps[first].result()
         self._compiled_train_step = self._dispatch
         self.train_metrics_manager.write_scalar(
             "timing/compilation_seconds", time.time() - tick, state.step
@@ -217,6 +234,8 @@ class SparseTrainer:
 
     def close(self) -> None:
         """Closes the base trainer and, after a run, logs what it has reached."""
+        for compiling in self._compiled_steps.values():
+            compiling.cancel()
         if self._trained:
             self._trained = False
             # all processes count: a mask may lie on the devices of several

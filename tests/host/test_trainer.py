@@ -1,5 +1,7 @@
 """The trainer that the host is given."""
 
+import concurrent.futures
+import threading
 import types
 
 import jax
@@ -86,6 +88,81 @@ def test_compiled_ahead_of_time_it_trains_the_same():
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+class Held:
+    """A step whose compiling waits, or fails."""
+
+    def __init__(self, step, until=None, error=None):
+        self.step, self.until, self.error = step, until, error
+
+    def compiler(self, *arguments):
+        compile_step = self.step.compiler(*arguments)
+
+        def compile_later():
+            self.until.wait(60)
+            if self.error:
+                raise self.error
+            return compile_step()
+
+        return compile_later
+
+
+def test_the_update_step_is_compiled_while_plain_steps_run():
+    trainer = rig.trainer(rig.rigl())
+    released = threading.Event()
+    trainer._steps["update"] = Held(trainer._steps["update"], released)
+    trainer.compile_train(rig.batch())
+    before = mask_bytes(trainer.train_state)
+    rig.run(trainer, 2)  # the first update is at step 2
+    assert not trainer._compiled_steps["update"].done()
+    released.set()
+    rig.run(trainer, 1, start=2)
+    after = mask_bytes(trainer.train_state)
+    assert any((before[p] != after[p]).any() for p in before)
+    trainer.close()
+
+
+@pytest.mark.slow
+def test_an_update_step_that_cannot_be_compiled_stops_the_run_before_it_is_due():
+    trainer = rig.trainer(rig.rigl())
+    released = threading.Event()
+    trainer._steps["update"] = Held(trainer._steps["update"], released, MemoryError("no room"))
+    trainer.compile_train(rig.batch())
+    rig.run(trainer, 1)
+    released.set()
+    concurrent.futures.wait([trainer._compiled_steps["update"]])
+    with pytest.raises(MemoryError, match="no room"):
+        rig.run(trainer, 1, start=1)
+    trainer.close()
+
+
+@pytest.mark.slow
+def test_the_step_that_comes_first_is_compiled_first():
+    trainer = rig.trainer(rig.rigl(begin=0))
+    released = threading.Event()
+    trainer._steps["plain"] = Held(trainer._steps["plain"], released)
+    trainer.compile_train(rig.batch())
+    assert trainer._compiled_steps["update"].done()
+    assert not trainer._compiled_steps["plain"].done()
+    released.set()
+    trainer.close()
+
+
+def test_no_step_reads_from_the_device(monkeypatch):
+    trainer = rig.trainer(rig.rigl())
+    rig.run(trainer, 4)  # compiled by now, both of them
+    state, reads = trainer.train_state, []
+    value = type(state.step)._value.fget
+    watched = property(lambda x: (reads.append(x.shape), value(x))[1])
+    monkeypatch.setattr(type(state.step), "_value", watched)
+    for _ in range(4):
+        state, _metrics = trainer._partitioned_train_step(state, rig.batch())
+    assert not reads
+    assert int(state.step) == 8
+    assert reads == [()], "the watch over reads is blind"
+    trainer.train_state = state  # the old one is donated
+    trainer.close()
 
 
 def test_static_masks_need_no_update_step():
