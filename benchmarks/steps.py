@@ -4,193 +4,238 @@
     python benchmarks/steps.py --devices=4
     python benchmarks/steps.py --methods=rigl,magnitude,snfs,magnitude_ste,top_kast
 
-Methods are gin files of gin/sparsity, with their defaults but for the steps of mask updates. Dense
-and sparse trainers take their steps in turn, so that a drift of the machine's speed hits all alike.
-Prints medians and ratios, and what the compiled steps gather between devices.
+Methods are gin files of gin/sparsity, with their defaults but for the steps of mask updates. All
+trainers take their steps in turn, so that a drift of the machine's speed hits all alike; a first
+period of steps is left out. JaxPruner's RigL is timed beside RigL where it can be imported: see
+peer.py for how it had to be mended.
+
+Prints medians and ratios. `extra` is the time that a mask update adds to a step, in plain steps of
+the same run. `compile` is the median time of tracing and compiling, in dense compiles; JaxPruner
+has one program for both kinds of step. The bytes are those of one device: arguments and
+temporaries as XLA has them, and of the arguments those that are masks. Collectives are those of one
+step, each with its MB; JaxPruner's hold for its update steps, as all branches of a conditional
+count.
 """
 
-import os
-import re
-import statistics
+from __future__ import annotations
+
+import argparse
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from absl import app, flags
+import commandline
+from tabulate import tabulate
 
-_DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices, all model-parallel.")
-_METHODS = flags.DEFINE_list("methods", ["rigl"], "Gin files of gin/sparsity.")
-_BINDINGS = flags.DEFINE_multi_string("binding", [], "Gin bindings of all methods.")
-_D_MODEL = flags.DEFINE_integer("d_model", 256, "Width; d_ff is four times that.")
-_LAYERS = flags.DEFINE_integer("layers", 2, "Encoder layers, and as many decoder layers.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Sequences a batch.")
-_LENGTH = flags.DEFINE_integer("length", 128, "Tokens a sequence.")
-_STEPS = flags.DEFINE_integer("steps", 30, "Steps a trainer.")
-_PERIOD = flags.DEFINE_integer("period", 5, "Steps from one mask update to the next.")
-
-FEATURES = (
-    "encoder_input_tokens",
-    "decoder_input_tokens",
-    "decoder_target_tokens",
-    "decoder_loss_weights",
-)
-COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
+PEER = "JaxPruner rigl"
 
 
-def config_of(method: str):
-    """The configuration that the method's gin file makes."""
-    import gin
-
-    import __main__ as script
-    import t5x_sparsity as ts
-    from t5x_sparsity import host
-
-    script.train = host.train_lib.train  # which gin files bind
-    gin.clear_config()
-    gin.add_config_file_search_path(str(Path(__file__).parents[1] / "gin"))
-    gin.configurable(script.train)
-    text = Path(__file__).parents[1].joinpath("gin/sparsity", f"{method}.gin").read_text()
-    macros = {
-        "TRAIN_STEPS": 10**6,
-        "MASK_UPDATE_BEGIN": _PERIOD.value,
-        "MASK_UPDATE_END": 10**6 - 1,
-        "MASK_UPDATE_PERIOD": _PERIOD.value,
-    }
-    gin.parse_config(text)
-    gin.parse_config([f"{k} = {v}" for k, v in macros.items() if k in text])
-    gin.parse_config(_BINDINGS.value)
-    return gin.get_configurable(ts.SparsityConfig)()
-
-
-def make_trainer(method: str | None):
-    """A trainer on a T5 1.1 under AdamW; None is the host's own, dense."""
-    import jax
-    import numpy as np
-    import seqio
-    from jax.sharding import Mesh
-
-    import t5x_sparsity as ts
-    from t5x_sparsity import host
-
-    class ModelParallel(host.partitioning.PjitPartitioner):
-        @property
-        def mesh(self):
-            return Mesh(np.array(jax.devices()).reshape(1, -1), ("data", "model"))
-
-    config = host.network.T5Config(
-        vocab_size=512,
-        dtype="float32",
-        emb_dim=_D_MODEL.value,
-        num_heads=4,
-        num_encoder_layers=_LAYERS.value,
-        num_decoder_layers=_LAYERS.value,
-        head_dim=64,
-        mlp_dim=4 * _D_MODEL.value,
-        mlp_activations=("gelu", "linear"),
-        dropout_rate=0.0,
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = commandline.parser(__doc__)
+    commandline.add_model_flags(parser)
+    several = commandline.several
+    parser.add_argument("--methods", type=several(str), default=["rigl"], help="by comma")
+    parser.add_argument("--steps", type=commandline.positive, default=30, help="timed, a trainer")
+    parser.add_argument(
+        "--period", type=commandline.positive, default=5, help="steps between mask updates"
     )
-    optimizer = host.optimizers.adamw(1e-3)
-    vocabulary = seqio.ByteVocabulary()
-    model = host.models.EncoderDecoderModel(
-        host.network.Transformer(config), vocabulary, vocabulary, optimizer
+    parser.add_argument("--compiles", type=commandline.positive, default=1, help="timed, a step")
+    parser.add_argument(
+        "--peer",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="time JaxPruner too; auto: where it can be imported and compared",
     )
-    partitioner = ModelParallel(num_partitions=_DEVICES.value)
-    arguments = (
-        optimizer,
-        model.get_initial_variables,
-        {k: (_BATCH.value, _LENGTH.value) for k in FEATURES},
-        partitioner,
-    )
-    if method is None:
-        initializer = host.TrainStateInitializer(*arguments)
-        make = host.Trainer
-    else:
-        initializer = ts.SparseTrainStateInitializer(*arguments, config=config_of(method))
+    args = parser.parse_args(argv)
+    if args.steps <= args.period:
+        parser.error(f"--steps={args.steps} has no whole --period of {args.period}; take more")
+    commandline.use_devices(args.devices)
+    import peer
+    import workload
 
-        def make(**kwargs):
-            return ts.sparse_trainer(host.Trainer, **kwargs)
-
-    return make(
-        model=model,
-        train_state=initializer.from_scratch(jax.random.PRNGKey(0)),
-        partitioner=partitioner,
-        eval_names=[],
-        summary_dir=None,
-        train_state_axes=initializer.train_state_axes,
-        rng=jax.random.PRNGKey(1),
-        learning_rate_fn=lambda step: 1e-3,
-        num_microbatches=None,
-    )
+    unknown = [m for m in args.methods if m not in workload.methods()]
+    if unknown:
+        parser.error(f"unknown methods {unknown}; choose from {', '.join(workload.methods())}")
+    comparable = "rigl" in args.methods and args.optimizer == "adamw"
+    if args.peer == "yes" and not comparable:
+        parser.error("--peer=yes needs rigl among the --methods, and --optimizer=adamw")
+    if args.peer == "yes" and peer.missing():
+        parser.error(f"--peer=yes needs {', '.join(peer.missing())}, which can't be imported")
+    args.peer = args.peer != "no" and comparable and not peer.missing()
+    return args
 
 
-def steps_of(trainer) -> dict:
-    if hasattr(trainer, "train_step_variants"):
-        return trainer.train_step_variants()
-    return {"plain": trainer._partitioned_train_step}
+class Run:
+    """A trainer's steps, compiled; their state is kept as the flat list of its arrays."""
 
+    def __init__(self, name: str, trainer: Any):
+        self.name = name
+        self.trainer = trainer
+        self.compiled: dict[str, Any] = {}
+        self.compile_times: dict[str, list[float]] = {}
+        self.times: dict[str, list[float]] = {}
+        self._leaves: list = []
 
-def main(_) -> None:
-    import jax
-    import numpy as np
-    from tabulate import tabulate
+    def compile(self, batch: Mapping) -> None:
+        """Compiles every step anew."""
+        import jax
+        import workload
 
-    from t5x_sparsity import host
-
-    rng = np.random.RandomState(0)
-    shape = (_BATCH.value, _LENGTH.value)
-    batch = {k: rng.randint(3, 250, shape).astype("int32") for k in FEATURES[:3]}
-    batch[FEATURES[3]] = np.ones(shape, "int32")
-
-    runs = {}
-    for name in (None, *_METHODS.value):
-        trainer = make_trainer(name)
-        compiled, seconds, gathers = {}, {}, {}
-        for kind, step in steps_of(trainer).items():
+        for kind, step in workload.steps_of(self.trainer).items():
+            jax.clear_caches()
             tick = time.perf_counter()
-            lowered = step.lower(trainer.train_state, batch)
-            text = lowered.compile().as_text()
-            seconds[kind] = time.perf_counter() - tick
-            gathers[kind] = len(COLLECTIVE.findall(text))
-            compiled[kind] = []
-        runs[name or "dense"] = (trainer, compiled, seconds, gathers)
-    for i in range(-2, _STEPS.value):  # two steps to warm up, each kind once
-        for trainer, times, _, _ in runs.values():
-            update = "update" in times and (i == -1 or (i >= 0 and i % _PERIOD.value == 0))
-            step = steps_of(trainer)["update" if update else "plain"]
-            state = trainer.train_state
-            tick = time.perf_counter()
-            state, _ = step(state, batch)
-            jax.block_until_ready(state)
-            took = time.perf_counter() - tick
-            trainer.train_state = state
-            if i >= 0:
-                times["update" if update else "plain"].append(took)
-    dense = statistics.median(runs["dense"][1]["plain"])
-    dense_compile = runs["dense"][2]["plain"]
-    rows = []
-    for name, (trainer, times, seconds, gathers) in runs.items():
-        for kind, taken in times.items():
-            median = statistics.median(taken)
-            rows.append(
-                (name, kind, median, median / dense, seconds[kind] / dense_compile, gathers[kind])
+            self.compiled[kind] = step.lower(self.trainer.train_state, batch).compile()
+            self.compile_times.setdefault(kind, []).append(time.perf_counter() - tick)
+
+    def start(self) -> None:
+        """Takes the trainer's state; the first step destroys it."""
+        import jax
+
+        self._leaves = jax.tree.leaves(self.trainer.train_state)
+
+    def step(self, kind: str, batch: Mapping) -> float:
+        """Takes a step; returns its seconds."""
+        import jax
+
+        compiled = self.compiled[kind if kind in self.compiled else "plain"]
+        leaves = [*self._leaves, *jax.tree.leaves(batch)]
+        arguments, _ = jax.tree.unflatten(compiled.in_tree, leaves)
+        tick = time.perf_counter()
+        out = jax.block_until_ready(compiled(*arguments))
+        took = time.perf_counter() - tick
+        self._leaves = jax.tree.leaves(out[0])
+        return took
+
+
+def runs_of(args: argparse.Namespace) -> list[Run]:
+    """Dense, each method, and JaxPruner where it is asked for."""
+    import peer
+    import workload
+
+    runs = [Run("dense", workload.make_trainer(args, None))]
+    for method in args.methods:
+        config = workload.config_of(
+            method, begin=args.period, period=args.period, bindings=args.binding
+        )
+        run = Run(method, workload.make_trainer(args, config))
+        runs.append(run)
+        if method == "rigl" and args.peer:
+            state = run.trainer.train_state._optimizer.state
+            optimizer = peer.rigl(
+                set(state.sparsity.masks),
+                sparsity=config.sparsity,
+                period=args.period,
+                drop_fraction=config.algorithm.drop_fraction.initial,
+                end=workload.TOTAL_STEPS,
             )
-        trainer.close()
-    weights = sum(x.size for x in jax.tree.leaves(runs["dense"][0].train_state.params))
-    print(f"{host.NAME} host, {weights / 1e6:.1f}M weights, {_DEVICES.value} CPU devices")
-    headers = ("run", "step", "seconds", "x dense", "compile, x dense", "gathers")
-    print(tabulate(rows, headers=headers, floatfmt=("", "", ".4f", ".3f", ".2f", "d")))
+            runs.append(Run(PEER, workload.make_trainer(args, None, optimizer)))
+    return runs
 
 
-def _devices(argv) -> int:
-    """The flag, before jax is imported."""
-    return next((int(a.split("=")[1]) for a in argv if a.startswith("--devices=")), 1)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the table shows, and the times behind it."""
+    import jax
+    import workload
+
+    from t5x_sparsity import host
+
+    batch = workload.batch(args)
+    runs = runs_of(args)
+    # what the first trace and the first compilation of a process take is nobody's own
+    workload.steps_of(runs[0].trainer)["plain"].lower(runs[0].trainer.train_state, batch)
+    jax.jit(lambda x: x + 1).lower(1.0).compile()
+    for _ in range(args.compiles):
+        for run in runs:
+            run.compile(batch)
+    found = []
+    for run in runs:
+        if run.name == PEER:  # one program; when it updates masks is known beforehand
+            run.times["update"] = []
+        for kind, compiled in run.compiled.items():
+            run.times.setdefault(kind, [])
+            found.append(
+                {
+                    "run": run.name,
+                    "step": kind,
+                    "mask_bytes": workload.mask_bytes(run.trainer),
+                    "compile_times": run.compile_times[kind],
+                    **commandline.described(compiled),
+                }
+            )
+    weights = workload.weights_of(runs[0].trainer)
+    for run in runs:
+        run.start()
+    for i in range(args.period + 1 + args.steps):
+        for run in runs:
+            kind = "update" if i % args.period == 0 and "update" in run.times else "plain"
+            took = run.step(kind, batch)
+            if i > args.period:
+                run.times[kind].append(took)
+    times = {(run.name, kind): taken for run in runs for kind, taken in run.times.items()}
+    if (PEER, "update") in times:
+        (own,) = (x for x in found if x["run"] == PEER)
+        found.append({**own, "step": "update"})
+    for run in runs:
+        run.trainer.close()
+    dense = commandline.median(times["dense", "plain"])
+    dense_compile = commandline.median(found[0]["compile_times"])
+    for x in found:
+        x["times"] = times[x["run"], x["step"]]
+        x["seconds"] = commandline.median(x["times"])
+        x["ratio"] = x["seconds"] / dense
+        plain = commandline.median(times[x["run"], "plain"])
+        x["extra"] = (x["seconds"] - plain) / plain if x["step"] == "update" else None
+        x["compile_seconds"] = commandline.median(x["compile_times"])
+        x["compile_ratio"] = x["compile_seconds"] / dense_compile
+    return {
+        "benchmark": "steps",
+        "machine": commandline.machine(),
+        "host": host.NAME,
+        "weights": weights,
+        **workload.settings(args, "methods", "steps", "period", "compiles"),
+        "steps_timed": found,
+    }
+
+
+def title(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['host']} host, {result['weights'] / 1e6:.1f}M weights, {result['optimizer']}, "
+        f"devices: {result['devices']}; {result['machine']}"
+    )
+
+
+def table(result: Mapping[str, Any], tablefmt: str = "simple") -> str:
+    mb = commandline.megabytes
+    rows = [
+        (
+            x["run"],
+            x["step"],
+            f"{x['seconds']:.4f}",
+            f"{x['ratio']:.3f}",
+            "" if x["extra"] is None else f"{x['extra']:.2f}",
+            f"{x['compile_ratio']:.2f}",
+            mb(x["argument_bytes"]),
+            mb(x["temp_bytes"]),
+            mb(x["mask_bytes"]),
+            commandline.collectives_text(x["collectives"]),
+        )
+        for x in result["steps_timed"]
+    ]
+    headers = (
+        "run", "step", "seconds", "x dense", "extra", "compile, x dense", "arguments, MB",
+        "temporaries, MB", "masks, MB", "collectives (MB)",
+    )  # fmt: skip
+    align = ("left", "left", *["right"] * 7, "left")
+    return tabulate(rows, headers=headers, tablefmt=tablefmt, colalign=align, disable_numparse=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    result = measure(args)
+    print(f"{title(result)}\n\n{table(result)}")
+    commandline.write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} "
-        f"--xla_force_host_platform_device_count={_devices(sys.argv)}"
-    )
-    app.run(main)
+    main(sys.argv[1:])

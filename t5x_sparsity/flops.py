@@ -8,9 +8,24 @@ kernels skip nothing; these figures say what a sparse machine could save.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from t5x_sparsity.plan import Plan
+import numpy as np
+
+from t5x_sparsity import algorithms
+from t5x_sparsity.algorithms.decaying_mask import stages
+from t5x_sparsity.algorithms.gradual import GradualPruning
+from t5x_sparsity.algorithms.straight_through import StraightThrough
+from t5x_sparsity.core import groups
+from t5x_sparsity.plan import LayerPlan, Plan
+from t5x_sparsity.products import Products
+from t5x_sparsity.schedules import UpdateSchedule, ValueSchedule
+
+# A run of more steps than this is judged by as many of them, evenly spaced.
+_SAMPLES = 512
 
 
 def forward_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
@@ -36,3 +51,127 @@ def train_step_flops(plan: Plan, densities: Mapping[str, float], step: int) -> f
 def dense_forward_flops(plan: Plan) -> float:
     """FLOPs a token of one forward pass through the same weights, were they dense."""
     return 2.0 * sum(layer.size for layer in plan.values())
+
+
+class RunFlops(NamedTuple):
+    """FLOPs of a run's matrix products, were zeros skipped, dense weights and attention included.
+
+    Attributes:
+      dense_forward: of one forward pass of the dense model over a batch.
+      forward: of the same with the masks that the run ends with.
+      dense_training: of all train steps of a dense run.
+      training: of all train steps of this one.
+    """
+
+    dense_forward: float
+    forward: float
+    dense_training: float
+    training: float
+
+
+def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
+    """FLOPs of a run of `total_steps`, from its schedules; see `mask_density`.
+
+    products: of the loss of one batch.
+    """
+    sparse = {p: products.of_weights[p] for p in plan}
+    rest = products.total - sum(sparse.values())
+    forward, training = rest, 3 * rest * total_steps
+    for algorithm, part in groups(plan):
+        updates = [t for t in range(total_steps) if algorithm.updates.is_update(t)]
+        is_update = np.zeros(total_steps, bool)
+        is_update[updates] = True
+        # an update's step is counted apart: it may need gradients of all weights
+        for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
+            chosen = _evenly(steps)
+            spent = [_step(part, sparse, updates, int(t)) for t in chosen]
+            training += sum(spent) * len(steps) / max(len(chosen), 1)
+        for path, layer in part.items():
+            density = mask_density(layer, part, updates[-1] if updates else None)
+            forward += sparse[path] * algorithm.densities(density, total_steps)[0]
+    dense = products.total
+    return RunFlops(dense, forward, 3 * dense * total_steps, training)
+
+
+def _step(part: Plan, sparse: Mapping[str, float], updates: list[int], step: int) -> float:
+    before = np.searchsorted(updates, step)
+    last = updates[before - 1] if before else None
+    total, memo = 0.0, {}
+    for path, layer in part.items():
+        key = layer.level, layer.pattern
+        if key not in memo:
+            density = mask_density(layer, part, last)
+            memo[key] = layer.algorithm.densities(density, step)
+        forward, gradient = memo[key]
+        total += sparse[path] * float(2 * forward + gradient)
+    return total
+
+
+def _evenly(steps: np.ndarray) -> np.ndarray:
+    if len(steps) <= _SAMPLES:
+        return steps
+    return steps[((np.arange(_SAMPLES) + 0.5) * len(steps) / _SAMPLES).astype(int)]
+
+
+def mask_density(layer: LayerPlan, part: Plan, updated: int | None) -> float:
+    """The share of a weight that its mask keeps after the update at step `updated`, in [0, 1].
+
+    An algorithm that isn't known here is taken to keep its masks at the target level. SRigL's
+    neurons, and layers under one threshold, are taken to have their even share.
+
+    Args:
+      layer: of the weight.
+      part: the plan of all weights that its algorithm decides on.
+      updated: None before the first update.
+    """
+    return float(_density(layer.algorithm, layer, part, updated))
+
+
+@functools.singledispatch
+def _density(algorithm, layer: LayerPlan, part: Plan, updated: int | None) -> float:
+    return 1 - layer.level
+
+
+@_density.register
+def _(algorithm: GradualPruning, layer, part, updated):
+    if updated is None:
+        return 1.0
+    return 1 - layer.level * _value(algorithm.level, algorithm.updates, updated)
+
+
+@_density.register
+def _(algorithm: StraightThrough, layer, part, updated):
+    return 1 - layer.level * _value(algorithm.level, algorithm.updates, updated)
+
+
+@_density.register
+def _(algorithm: algorithms.GraNet, layer, part, updated):
+    size = sum(x.size for x in part.values())
+    target = sum(x.level * x.size for x in part.values()) / size
+    start = min(1.0, algorithm.initial_sparsity / target) if target else 1.0
+    ramp = _value(algorithm.ramp, algorithm.updates, updated)
+    return 1 - layer.level * (start + (1 - start) * ramp)
+
+
+@_density.register
+def _(algorithm: algorithms.ACDC, layer, part, updated):
+    if updated is None:
+        return 1.0
+    turn = (updated - algorithm.updates.begin) // algorithm.updates.period
+    is_dense = turn % 2 == 1 and updated != algorithm.updates.end
+    return 1.0 if is_dense else 1 - layer.level
+
+
+@_density.register
+def _(algorithm: algorithms.StructureDecay, layer, part, updated):
+    if updated is None:
+        return 1.0
+    turns = stages(layer.pattern)
+    progress = float(algorithm.updates.progress(updated))
+    kept = turns[min(math.floor(progress * len(turns)), len(turns) - 1)]
+    return kept / layer.pattern.m
+
+
+@functools.lru_cache(maxsize=4096)
+def _value(schedule: ValueSchedule, updates: UpdateSchedule, updated: int | None) -> float:
+    return float(schedule(np.float32(0) if updated is None else updates.progress(updated)))
