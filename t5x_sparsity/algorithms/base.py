@@ -179,13 +179,23 @@ def random_scores(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
     """Independent uniform float32 scores, a stream a weight, the same on every mesh.
 
     A weight's stream depends on its path, so that it doesn't change when other weights come or go.
+    Weights that are sharded alike are drawn for at once, which keeps the compiled program small.
     """
-    return {
-        path: jax.random.uniform(
-            jax.random.fold_in(key, zlib.crc32(path.encode())), layer.shape, jnp.float32
+    members: dict[Any, list[str]] = {}
+    for path, layer in plan.items():
+        members.setdefault(path if layer.axes is None else (layer.axes, layer.shape), []).append(
+            path
         )
-        for path, layer in plan.items()
-    }
+    scores: dict[str, jax.Array] = {}
+    for paths in members.values():
+        shape = plan[paths[0]].shape
+        streams = jnp.array([zlib.crc32(p.encode()) for p in paths], jnp.uint32)
+
+        def draw(stream, shape=shape):
+            return jax.random.uniform(jax.random.fold_in(key, stream), shape, jnp.float32)
+
+        scores |= dict(zip(paths, jax.vmap(draw)(streams), strict=True))
+    return {path: scores[path] for path in plan}
 
 
 def choose(
