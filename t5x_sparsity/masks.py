@@ -22,7 +22,8 @@ def pack_axis(shape: Sequence[int], stack_axes: Sequence[int] = ()) -> int | Non
     """The axis along which a mask of this shape is packed, None for a byte a weight.
 
     An inner axis is the last resort: unpacking it would shuffle vector lanes. Of the others, the
-    one whose packed length has the largest power of two in it, since meshes are powers of two.
+    one whose packed length has the largest power of two in it, since meshes are powers of two; of
+    several, the last: of an attention kernel's [heads, kv, embed], heads are split and kv is not.
     """
 
     def ways(axis: int) -> int:
@@ -35,7 +36,7 @@ def pack_axis(shape: Sequence[int], stack_axes: Sequence[int] = ()) -> int | Non
         if a not in stack_axes and shape[a] % 8 == 0 and ways(a) >= _USUAL_SHARDS
     ]
     outer = [a for a in axes if a != len(shape) - 1]
-    return max(outer or axes, key=lambda a: (ways(a), -a), default=None)
+    return max(outer or axes, key=lambda a: (ways(a), a), default=None)
 
 
 def packed_shape(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:

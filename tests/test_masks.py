@@ -47,7 +47,8 @@ def test_what_is_packed_comes_back(data):
         ((100, 512), (), 1),  # the inner axis, where no other packs
         ((768, 2048), (), 0),
         ((384, 1024, 8), (), 1),  # 48 = 3 * 16 splits 16 ways, 128 splits 128 ways
-        ((64, 64, 64), (), 0),  # of equals the first
+        ((64, 64, 64), (), 1),  # of equals the last outer one
+        ((64, 24, 64, 4096), (1,), 2),  # heads, layers, kv, embed: heads are split 16 ways
         ((32, 32), (), None),
         ((100, 100), (), None),
         ((64,), (), 0),
