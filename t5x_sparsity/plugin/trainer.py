@@ -163,9 +163,8 @@ class SparseTrainer:
         if not self._compiled_steps:
             return self._steps[kind]
         for compiling in self._compiled_steps.values():
-            if (
-                compiling.done()
-            ):  # that one can't be compiled is better known now than when it's due
+            # a failure is better known now than when that step is due
+            if compiling.done():
                 compiling.result()
         return self._compiled_steps[kind].result()
 
