@@ -12,6 +12,7 @@ from jax import lax
 
 from t5x_sparsity import masks as masks_lib
 from t5x_sparsity.algorithms import DENSE, Algorithm, Update, prune
+from t5x_sparsity.alike import pack_alike, unpack_alike
 from t5x_sparsity.distributions import check_distribution
 from t5x_sparsity.patterns import Pattern
 from t5x_sparsity.plan import Plan, Rule, check_embedding_level, check_level, make_plan
@@ -167,15 +168,15 @@ def init_state(
 def forward_weights(plan: Plan, state: SparsityState, weights: Arrays, step=0) -> Arrays:
     """All weights as the model sees them at `step`; those that have a dense slot come from it."""
     weights = {**weights, **state.slots.get(DENSE, {})}
-    masks = _unpacked(plan, state)
+    masks = _unpacked(plan, state.masks)
     for algorithm, part in groups(plan):
         own = {p: weights[p] for p in part}
         weights |= algorithm.forward(part, own, masks, jnp.asarray(step, jnp.int32))
     return weights
 
 
-def _unpacked(plan: Plan, state: SparsityState) -> dict[str, jax.Array]:
-    return {p: masks_lib.unpack(state.masks[p], layer.shape) for p, layer in plan.items()}
+def _unpacked(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
+    return {p: masks_lib.unpack(stored[p], layer.shape) for p, layer in plan.items()}
 
 
 class Step(NamedTuple):
@@ -222,18 +223,18 @@ def train_step(
     """
     step = jnp.asarray(step, jnp.int32)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=_KEY_IMPL), step)
-    parts, masks, slots = groups(plan), _unpacked(plan, state), state.slots
+    parts, masks, slots = groups(plan), _unpacked(plan, state.masks), state.slots
     dense = slots.get(DENSE, {})
     forward, weights = weights, {**weights, **dense}
 
     def seen_by(part: Plan) -> Update:
         return Update(
             step=step,
-            weights={p: weights[p] for p in part},
-            grads={p: grads[p] for p in part},
-            masks={p: masks[p] for p in part},
+            weights=_of(weights, part),
+            grads=_of(grads, part),
+            masks=_of(masks, part),
             key=key,
-            forward_weights={p: forward[p] for p in part},
+            forward_weights=_of(forward, part),
             slots={n: own for n, x in slots.items() if (own := {p: x[p] for p in part if p in x})},
             optimizer_state=optimizer_state,
             paths=tuple(grads),
@@ -256,28 +257,48 @@ def train_step(
             )
         weights, optimizer_state = dict(taken[0]), taken[1]
 
-    after, alive, reset = dict(masks), dict(masks), {}
+    after, stored, reset = masks, state.masks, {}
+    if updates_masks:
+        before = unpack_alike(plan, state.masks)
+        after = dict(before)
+        for (algorithm, part), now in zip(parts, due, strict=True):
+            if now is not False:
+                update = seen_by(part)._replace(masks=_of(before, part))
+                new, new_slots = _updated(algorithm, part, update, now)
+                after |= new
+                slots = _merged(slots, new_slots)
+        stored = _written(pack_alike(plan, after), step)
+        after = _unpacked(plan, stored)
     for (algorithm, part), now in zip(parts, due, strict=True):
-        if now is False:
-            continue
-        new, new_slots = _updated(algorithm, part, seen_by(part), now)
-        after |= new
-        slots = _merged(slots, new_slots)
-        alive |= {p: new[p] & masks[p] for p in part}
-        forgotten = algorithm.resets({p: masks[p] for p in part}, new)
-        reset |= {p: x & now for p, x in forgotten.items()}
+        if now is not False:
+            forgotten = algorithm.resets(_of(masks, part), _of(after, part))
+            reset |= {p: x & now for p, x in forgotten.items()}
 
     slots = _merged(slots, {DENSE: {p: weights[p] for p in dense}})
     # a weight that comes back starts at 0, unless its dense value has been kept
     bare = {p: weights[p] for p in plan if p not in dense}
     weights |= prune(bare, masks) if updates_masks else bare
     for algorithm, part in parts:
-        own = {p: weights[p] for p in part}
-        weights |= algorithm.forward(part, own, {p: after[p] for p in part}, step + 1)
-    stored = state.masks
-    if updates_masks:
-        stored = {p: masks_lib.pack(after[p], layer.pack_axis) for p, layer in plan.items()}
+        weights |= algorithm.forward(part, _of(weights, part), _of(after, part), step + 1)
+    alive = {p: after[p] & masks[p] for p in plan}
     return Step(weights, optimizer_state, state._replace(masks=stored, slots=slots), alive, reset)
+
+
+def _written(stored: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+    """The same masks as arrays of their own, which is what comes out of a loop, entered or not.
+
+    A compiler would otherwise select again wherever a mask is used, and make kernels of their own
+    for every weight, as each reads another part of a stack.
+    """
+
+    def never(i, masks):
+        return {p: x | (i >> 31).astype(jnp.uint8) for p, x in masks.items()}
+
+    return lax.fori_loop(0, (step < 0).astype(jnp.int32), never, stored)
+
+
+def _of(arrays: Arrays, part: Plan) -> dict[str, jax.Array]:
+    return {p: arrays[p] for p in part}
 
 
 def _due(plan: Plan, step) -> list:

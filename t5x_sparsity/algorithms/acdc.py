@@ -45,7 +45,7 @@ class ACDC(Algorithm):
         updates = self.updates
         turn = (update.step - updates.begin) // updates.period
         dense = (turn % 2 == 1) & (update.step != updates.end)
-        sparse = choose(plan, magnitudes(update.weights), where=update.masks)
+        sparse = choose(plan, magnitudes(plan, update.weights), where=update.masks)
         return {p: mask | dense for p, mask in sparse.items()}
 
     def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:

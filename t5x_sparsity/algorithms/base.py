@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t5x_sparsity.alike import map_alike
 from t5x_sparsity.patterns import Pattern
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.plan import LayerPlan, Plan
 from t5x_sparsity.schedules import UpdateSchedule
 from t5x_sparsity.selection import Choice, select_masks
 
@@ -172,30 +173,23 @@ def dense_masks(plan: Plan) -> dict[str, jax.Array]:
 
 def start_scores(plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
     """What a run that starts sparse keeps the largest of: chance, or |w| of trained weights."""
-    return magnitudes(weights) if key is None else random_scores(plan, key)
+    return magnitudes(plan, weights) if key is None else random_scores(plan, key)
 
 
 def random_scores(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
     """Independent uniform float32 scores, a stream a weight, the same on every mesh.
 
     A weight's stream depends on its path, so that it doesn't change when other weights come or go.
-    Weights that are sharded alike are drawn for at once, which keeps the compiled program small.
     """
-    members: dict[Any, list[str]] = {}
-    for path, layer in plan.items():
-        members.setdefault(path if layer.axes is None else (layer.axes, layer.shape), []).append(
-            path
-        )
-    scores: dict[str, jax.Array] = {}
-    for paths in members.values():
-        shape = plan[paths[0]].shape
-        streams = jnp.array([zlib.crc32(p.encode()) for p in paths], jnp.uint32)
+    streams = {p: jnp.uint32(zlib.crc32(p.encode())) for p in plan}
 
-        def draw(stream, shape=shape):
-            return jax.random.uniform(jax.random.fold_in(key, stream), shape, jnp.float32)
+    def draw(layer: LayerPlan, streams: jax.Array) -> jax.Array:
+        def one(stream):
+            return jax.random.uniform(jax.random.fold_in(key, stream), layer.shape, jnp.float32)
 
-        scores |= dict(zip(paths, jax.vmap(draw)(streams), strict=True))
-    return {path: scores[path] for path in plan}
+        return jax.vmap(one)(streams)
+
+    return map_alike(plan, draw, streams)
 
 
 def choose(
@@ -253,9 +247,9 @@ def require_pattern(algorithm: Algorithm, plan: Plan, pattern: type) -> None:
         )
 
 
-def magnitudes(arrays: Arrays) -> dict[str, jax.Array]:
-    """|x| of every array."""
-    return {path: jnp.abs(x) for path, x in arrays.items()}
+def magnitudes(plan: Plan, arrays: Arrays) -> dict[str, jax.Array]:
+    """|x| of every weight's array."""
+    return map_alike(plan, lambda _, x: jnp.abs(x), arrays)
 
 
 def scheduled_kept(plan: Plan, share: jax.Array) -> dict[str, jax.Array]:

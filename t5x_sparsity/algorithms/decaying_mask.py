@@ -43,7 +43,7 @@ class DecayingMask(UnderMask):
     straight_through: bool = False
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return choose(plan, magnitudes(update.weights))
+        return choose(plan, magnitudes(plan, update.weights))
 
     def gradients(self, plan: Plan, update: Update) -> Arrays:
         if self.straight_through:
@@ -102,7 +102,7 @@ class StructureDecay(UnderMask):
             turns = jnp.asarray(stages(layer.pattern), jnp.int32)
             turn = jnp.minimum((progress * len(turns)).astype(jnp.int32), len(turns) - 1)
             kept[path] = turns[turn] * (layer.units // layer.pattern.m)
-        return choose(plan, magnitudes(update.weights), kept)
+        return choose(plan, magnitudes(plan, update.weights), kept)
 
     def gradients(self, plan: Plan, update: Update) -> Arrays:
         return update.grads if self.straight_through else prune(update.grads, update.masks)

@@ -56,8 +56,7 @@ class DropAndGrow(Algorithm):
 
     def drop_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         """float, the weights' shapes: the smallest among active weights go. Here |w|."""
-        del plan
-        return magnitudes(update.weights)
+        return magnitudes(plan, update.weights)
 
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         """float, the weights' shapes: the largest among the others grow. Here drawn at random."""
@@ -100,7 +99,7 @@ class RigL(DropAndGrow):
     dense_gradients = Need.AT_UPDATES
 
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return magnitudes(update.grads)
+        return magnitudes(plan, update.grads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,7 @@ class GradualPruning(Algorithm):
 
     def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         """float, the weights' shapes: the largest stay. Here |w|."""
-        del plan
-        return magnitudes(update.weights)
+        return magnitudes(plan, update.weights)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))

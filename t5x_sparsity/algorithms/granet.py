@@ -62,10 +62,10 @@ class GraNet(DropAndGrow):
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         progress = self.updates.progress(update.step)
-        kept, size = self.kept(plan, progress), magnitudes(update.weights)
+        kept, size = self.kept(plan, progress), magnitudes(plan, update.weights)
         pruned = choose(plan, size, kept, where=update.masks)
         fraction = self.drop_fraction(progress)
         return swap(plan, pruned, kept, fraction, size, self.grow_scores(plan, update))
 
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return magnitudes(update.grads)
+        return magnitudes(plan, update.grads)

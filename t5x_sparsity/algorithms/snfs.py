@@ -48,4 +48,4 @@ class SNFS(DropAndGrow):
         return {"momentum": {p: moved(mean[p], update.grads[p]) for p in plan}}
 
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return magnitudes(update.slots["momentum"])
+        return magnitudes(plan, update.slots["momentum"])

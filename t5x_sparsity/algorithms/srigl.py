@@ -50,7 +50,7 @@ class SRigL(RigL):
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         fraction = self.drop_fraction(self.updates.progress(update.step))
-        size, slope = magnitudes(update.weights), magnitudes(update.grads)
+        size, slope = magnitudes(plan, update.weights), magnitudes(plan, update.grads)
         active = {p: _count(update.masks[p], _free(layer)) for p, layer in plan.items()}
         swapped = {
             p: jnp.round(fraction * jnp.float32(n)).astype(jnp.int32) for p, n in active.items()

@@ -49,8 +49,8 @@ class StraightThrough(UnderMask):
 
     def scores(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
         """float, the weights' shapes: the largest are kept. Here |w|."""
-        del plan, key
-        return magnitudes(weights)
+        del key
+        return magnitudes(plan, weights)
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None

@@ -19,6 +19,7 @@ from t5x_sparsity.algorithms.base import (
     scheduled_kept,
 )
 from t5x_sparsity.algorithms.straight_through import UnderMask
+from t5x_sparsity.alike import pack_alike
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.schedules import Constant, UpdateSchedule, ValueSchedule
 
@@ -59,7 +60,7 @@ class TopKAST(UnderMask):
         self, plan: Plan, weights: Arrays, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         del key
-        return choose(plan, magnitudes(weights))
+        return choose(plan, magnitudes(plan, weights))
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
         chosen = self._backward(plan, weights, masks, jnp.float32(0))
@@ -68,11 +69,11 @@ class TopKAST(UnderMask):
     def _backward(self, plan: Plan, weights: Arrays, masks: Arrays, progress) -> Arrays:
         """B, stored as masks are."""
         share = jnp.where(progress >= 1, jnp.float32(1), self.backward(progress))
-        chosen = choose(plan, magnitudes(weights), scheduled_kept(plan, share), keep=masks)
-        return {p: masks_lib.pack(chosen[p], layer.pack_axis) for p, layer in plan.items()}
+        chosen = choose(plan, magnitudes(plan, weights), scheduled_kept(plan, share), keep=masks)
+        return pack_alike(plan, chosen)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        return choose(plan, magnitudes(update.weights))
+        return choose(plan, magnitudes(plan, update.weights))
 
     def update_slots(self, plan: Plan, update: Update) -> Slots:
         progress = self.updates.progress(update.step)
