@@ -27,6 +27,7 @@ def lamp_masks(
     where: Sequence[jax.Array | None] | None = None,
     sizes: Sequence[jax.Array | int] | None = None,
     stack_axes: Sequence[Sequence[int]] | None = None,
+    turns: Sequence[Sequence[int]] | None = None,
 ) -> list[jax.Array]:
     """Returns the masks of the k weights of largest LAMP score over all tensors together.
 
@@ -40,6 +41,8 @@ def lamp_masks(
       where: for each tensor, its candidates, or None for all; others count for nothing.
       sizes: for each tensor, how many weights its units hold.
       stack_axes: for each tensor, the axes along which it is a stack of layers.
+      turns: given, entries of `scores` are stacks of tensors; see `joint_top_k_masks`. Their first
+        axes are stacked axes then, as it is.
     """
     stack_axes = [()] * len(scores) if stack_axes is None else stack_axes
     where = [None] * len(scores) if where is None else where
@@ -114,7 +117,7 @@ def lamp_masks(
     chosen = [c & ~few for c in with_firsts(above(highest))]
     ties = [x & ~c for x, c in zip(with_firsts(above(lowest)), chosen, strict=True)]
     left = k - layout.count(chosen).sum()
-    rest = joint_top_k_masks(scores, left, where=ties, sizes=sizes)
+    rest = joint_top_k_masks(scores, left, where=ties, sizes=sizes, turns=turns)
     return [c | r for c, r in zip(chosen, rest, strict=True)]
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from t5x_sparsity.masks import pack_axis
@@ -153,6 +154,7 @@ def joint_top_k_masks(
     *,
     where: Sequence[jax.Array | None] | None = None,
     sizes: Sequence[jax.Array | int] | None = None,
+    turns: Sequence[Sequence[int]] | None = None,
 ) -> list[jax.Array]:
     """Returns the masks of the k largest scores over all tensors together.
 
@@ -166,6 +168,9 @@ def joint_top_k_masks(
       sizes: for each tensor, how many weights its units hold, int32, broadcast against it. None: a
         weight a unit. The first units that reach k together are kept, so at least k weights are,
         and fewer than k without the last unit.
+      turns: given, each entry of `scores` is a stack of tensors along its first axis, and this says
+        for each tensor of it which of all it is, from 0, in the order by which ties go. None: they
+        are single tensors, in their order.
     """
     if not scores:
         return []
@@ -173,7 +178,8 @@ def joint_top_k_masks(
     where = [None] * len(scores) if where is None else list(where)
     if any(s.dtype != scores[0].dtype for s in scores):
         scores = [s.astype(jnp.float32) for s in scores]
-    layout = Layout([s.shape for s in scores], [()] * len(scores), joint=True, sizes=sizes)
+    axes = [() if turns is None else (0,)] * len(scores)
+    layout = Layout([s.shape for s in scores], axes, joint=True, sizes=sizes, turns=turns)
     return _select(scores, Count(*(c.reshape(1) for c in Count.of(k))), where, layout)
 
 
@@ -203,11 +209,12 @@ class Layout:
     """Where each tensor's selections stand in the vector of all of them.
 
     One selection a slice of a tensor; a single one over everything where they are `joint`, in
-    which case an entry may count for several weights.
+    which case an entry may count for several weights, and ties go by the slices' `turns`.
     """
 
-    def __init__(self, shapes, stack_axes, *, joint: bool, sizes=None):
+    def __init__(self, shapes, stack_axes, *, joint: bool, sizes=None, turns=None):
         self.joint = joint
+        self.turns = None if turns is None else np.concatenate([np.asarray(t) for t in turns])
         self.shapes = [tuple(shape) for shape in shapes]
         self.unit_sizes = [1] * len(shapes) if sizes is None else list(sizes)
         self.stack_axes = [
@@ -248,7 +255,7 @@ class Layout:
     def spread(self, vector: jax.Array) -> list[jax.Array]:
         """The part of the vector that is each tensor's, so shaped that it broadcasts over it."""
         if self.joint:
-            return [vector.reshape(shape) for shape in self.keepdims]
+            return [vector.reshape((1,) * len(shape)) for shape in self.keepdims]
         out, start = [], 0
         for size, shape in zip(self.sizes, self.keepdims, strict=True):
             out.append(lax.slice(vector, (start,), (start + size,)).reshape(shape))
@@ -313,7 +320,7 @@ def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
         ties, apart = tied(), layout.apart()
         left = found.left
         if layout.joint:
-            left = _in_turn(left, apart.count(ties))
+            left = _in_turn(left, apart.count(ties), layout.turns)
         place = [jnp.where(t, p, jnp.uint32(0)) for t, p in zip(ties, places(), strict=True)]
         return apart.spread(_search(place, left, apart, places_width).threshold)
 
@@ -330,14 +337,14 @@ def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
     ]
 
 
-def _in_turn(needs: Count, there: Count) -> Count:
-    """Shares a number out among tensors, as many as are `there`, the first one first."""
-    before, shares = Count.of(jnp.zeros(1, jnp.int32)), []
-    for i in range(there.low.shape[0]):
-        enough = before.reaches(needs)
-        shares.append(Count(*(jnp.where(enough, 0, c) for c in needs - before)))
-        before = before + Count(there.high[i : i + 1], there.low[i : i + 1])
-    return Count(*(jnp.concatenate(column) for column in zip(*shares, strict=True)))
+def _in_turn(needs: Count, there: Count, turns: np.ndarray | None) -> Count:
+    """Shares a number out among slices, as many as are `there`, the first in turn first."""
+    turns = np.arange(there.low.shape[0]) if turns is None else turns
+    order = np.argsort(turns)
+    high, low = there.high[order], there.low[order]
+    before = Count(jnp.cumsum(high) - high, jnp.zeros_like(low)) + Count.of(jnp.cumsum(low) - low)
+    enough = before.reaches(needs)
+    return Count(*(jnp.where(enough, 0, c)[turns] for c in needs - before))
 
 
 class _Found(NamedTuple):

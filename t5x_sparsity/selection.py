@@ -39,7 +39,10 @@ class Choice(NamedTuple):
 def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
     """Returns for every weight the mask of what is kept, all weights in one search."""
     masks: dict[str, jax.Array] = {}
-    stacks = _stacked(choices)
+    stacks = [
+        (paths, _stack([choices[p] for p in paths]) if len(paths) > 1 else choices[paths[0]])
+        for paths in _alike(choices)
+    ]
     fixed = [n for n, (_, c) in enumerate(stacks) if c.pattern.fixed_level is not None]
     search = [n for n in range(len(stacks)) if n not in fixed]
     found: dict[int, jax.Array] = {}
@@ -68,11 +71,9 @@ def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
     return {path: masks[path] for path in choices}
 
 
-def _stacked(choices: Mapping[str, Choice]) -> list[tuple[list[str], Choice]]:
-    """Choices with those that are alike as one, along a new first axis, and the paths in it.
-
-    It keeps the compiled program small however many layers a model has.
-    """
+def _alike(choices: Mapping[str, Choice]) -> list[list[str]]:
+    """The paths of choices that can be one stack. They share passes over scores in any case; as a
+    stack they also keep the compiled program small, however many layers a model has."""
     members: dict[Hashable, list[str]] = {}
     for path, c in choices.items():
         key = path
@@ -80,14 +81,12 @@ def _stacked(choices: Mapping[str, Choice]) -> list[tuple[list[str], Choice]]:
             given = c.where is None, c.keep is None
             key = (c.alike, c.pattern, c.scores.shape, c.scores.dtype.name, c.stack_axes, given)
         members.setdefault(key, []).append(path)
-    return [(paths, _one_of([choices[p] for p in paths])) for paths in members.values()]
+    return list(members.values())
 
 
-def _one_of(alike: list[Choice]) -> Choice:
-    """One choice of several alike."""
+def _stack(alike: list[Choice]) -> Choice:
+    """One choice of several alike, along a new first axis."""
     first = alike[0]
-    if len(alike) == 1:
-        return first
     axes = tuple(a % first.scores.ndim for a in first.stack_axes)
     k = first.k
     if not all(isinstance(c.k, int) and c.k == k for c in alike):
@@ -129,18 +128,22 @@ def select_jointly(
         )
     if not rest:
         return masks
-    units = [_of_units(choice) for choice in rest.values()]
+    stacks = [(paths, _stack([rest[p] for p in paths])) for paths in _alike(rest)]
+    units = [_of_units(choice) for _, choice in stacks]
+    order = {path: n for n, path in enumerate(rest)}
     arguments = {
         "where": [choice.where for choice in units],
-        "sizes": [c.pattern.sizes(c.scores.shape, c.stack_axes) for c in rest.values()],
+        "sizes": [c.pattern.sizes(c.scores.shape, c.stack_axes) for _, c in stacks],
+        "turns": [[order[p] for p in paths] for paths, _ in stacks],
     }
     if search is None:
         search = select.joint_top_k_masks
     else:
         arguments["stack_axes"] = [choice.stack_axes for choice in units]
     found = search([choice.scores for choice in units], k, **arguments)
-    for (path, choice), mask in zip(rest.items(), found, strict=True):
-        masks[path] = choice.pattern.expand(mask, choice.scores.shape, choice.stack_axes)
+    for (paths, choice), mask in zip(stacks, found, strict=True):
+        mask = choice.pattern.expand(mask, choice.scores.shape, choice.stack_axes)
+        masks |= {p: mask[i] for i, p in enumerate(paths)}
     return {path: masks[path] for path in choices}
 
 

@@ -70,7 +70,7 @@ def kernels(text):
     return {re.sub(r"%[\w.-]+|, metadata=\{.*?\}", "", body) for body in bodies}
 
 
-@pytest.mark.parametrize("algorithm", ["RigL", "SET", "Magnitude"])
+@pytest.mark.parametrize("algorithm", ["RigL", "SET", "Magnitude", "GlobalMagnitude"])
 def test_more_layers_make_no_more_kernels(algorithm):
     every = ts.Periodic(begin=0, end=100, period=10)
     config = SparsityConfig(algorithm=getattr(ts, algorithm)(updates=every), sparsity=0.5)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from meshes import assert_moves_no_weight, mesh, put, quick_jit
 from test_patterns import chosen, group_oracle
 
+from t5x_sparsity.lamp import lamp_masks
 from t5x_sparsity.patterns import Block, Channel, ConstantFanIn, NByM, Unstructured
 from t5x_sparsity.select import Count
 from t5x_sparsity.selection import Choice, select_jointly, select_masks
@@ -229,6 +230,8 @@ JOINT = {
     "maxima": (Block(height=2, width=2, pooling="max"), (3, 4), ()),
     "weights": (Unstructured(), (2, 5), (0,)),
 }
+# each searched as one stack with the one that it is like, and ties go by this order all the same
+JOINT |= {f"{p} too": JOINT[p] for p in ("weights", "blocks", "channels")}
 
 
 def units_of(pattern, shape, stack_axes):
@@ -270,7 +273,7 @@ def joint():
     def run(scores, k, where):
         return select_jointly(
             {
-                p: Choice(JOINT[p][0], scores[p], 6, JOINT[p][2], where[p])
+                p: Choice(JOINT[p][0], scores[p], 6, JOINT[p][2], where[p], alike="axes")
                 for p in ("groups", *(p for p in JOINT if p != "groups"))
             },
             k,
@@ -279,7 +282,7 @@ def joint():
     return quick_jit(run)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(0, 120), st.booleans(), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(0, 220), st.booleans(), st.booleans())
 @settings(max_examples=40)
 def test_jointly_by_units_of_several_sizes(seed, k, barred, nan):
     rng = np.random.default_rng(seed)
@@ -293,10 +296,34 @@ def test_jointly_by_units_of_several_sizes(seed, k, barred, nan):
     for path in JOINT:
         np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
     total = sum(int(found[p].sum()) for p in JOINT if p != "groups")
-    everything = 70 + 12 + 12 + 10
+    everything = sum(s.size for p, s in scores.items() if p != "groups")
     assert total == kept
     if k and not barred:
         assert min(k, everything) <= total < k + last
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 50))
+@settings(max_examples=20)
+def test_lamp_scores_of_stacks_are_those_of_each(seed, k):
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (2, 6), "b": (4, 3), "c": (2, 6), "d": (2, 6)}
+    scores = {p: rng.integers(0, 5, s).astype(np.float32) for p, s in shapes.items()}
+    where = {p: rng.random(s) < 0.8 for p, s in shapes.items()}
+    apart, stacked = (lamp(alike)(scores, where, np.int32(k)) for alike in (None, "axes"))
+    for p in shapes:
+        np.testing.assert_array_equal(apart[p], stacked[p])
+
+
+@functools.cache
+def lamp(alike):
+    def run(scores, where, k):
+        choices = {
+            p: Choice(Unstructured(), x, 0, (0,) if p == "c" else (), where[p], alike=alike)
+            for p, x in scores.items()
+        }
+        return select_jointly(choices, k, search=lamp_masks)
+
+    return quick_jit(run)
 
 
 def test_jointly_by_hand():

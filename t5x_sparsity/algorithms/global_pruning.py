@@ -7,17 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import (
-    Update,
-    choices,
-    choose,
-    prune,
-    scheduled_kept,
-)
+from t5x_sparsity.algorithms.base import Update, choices, choose, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.algorithms.saliency import Saliency
+from t5x_sparsity.alike import map_alike
 from t5x_sparsity.lamp import lamp_masks
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.plan import LayerPlan, Plan
 from t5x_sparsity.select import Count
 from t5x_sparsity.selection import select_jointly
 from t5x_sparsity.sums import ordered_sum
@@ -52,9 +47,7 @@ class GlobalMagnitude(GradualPruning):
             )
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        scores = prune(self.scores(plan, update), update.masks)
-        if self.normalization == "norm":
-            scores = {p: _over_norm(x, plan[p]) for p, x in scores.items()}
+        scores = map_alike(plan, self._comparable, self.scores(plan, update), update.masks)
         share = self.level(self.updates.progress(update.step))
         kept = scheduled_kept(plan, share)
         own = {p: layer for p, layer in plan.items() if not layer.in_budget}
@@ -65,6 +58,13 @@ class GlobalMagnitude(GradualPruning):
             total_kept(joint, kept),
             search=lamp_masks if self.normalization == "lamp" else None,
         )
+
+    def _comparable(self, layer: LayerPlan, scores: jax.Array, masks: jax.Array) -> jax.Array:
+        """Of a stack of weights; what is pruned counts for nothing in a norm."""
+        scores = jnp.where(masks, scores, jnp.zeros((), scores.dtype))
+        if self.normalization != "norm":
+            return scores
+        return jax.vmap(lambda x: _over_norm(x, layer))(scores)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class GlobalSaliency(GlobalMagnitude, Saliency):
         Saliency.__post_init__(self)
 
 
-def _over_norm(scores: jax.Array, layer) -> jax.Array:
+def _over_norm(scores: jax.Array, layer: LayerPlan) -> jax.Array:
     free = [a for a in range(scores.ndim) if a not in layer.stack_axes]
     scores = scores.astype(jnp.float32)
     return scores / (jnp.sqrt(ordered_sum(jnp.square(scores), free)) + 1e-8)
