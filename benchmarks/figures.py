@@ -44,9 +44,10 @@ PUBLISHED = {
     "adafactor": "steps.py --optimizer=adafactor",
     "methods": "steps.py --methods=magnitude,snfs,magnitude_ste,top_kast --steps=16 --period=4",
     "large": "steps.py --d_model=1024 --layers=4 --steps=6 --period=3 --peer=no",
-    "selection": "selection.py --weights=1M,4M,16M,64M --devices=1,4 --repeats=3 --sort_seconds=5",
-    "whole_run_1": "whole_run.py --devices=1 --d_model=128 --blocks=4",
-    "whole_run_4": "whole_run.py --devices=4 --d_model=128 --blocks=4",
+    "selection": "selection.py --weights=1M,4M,16M,64M,256M,1G --devices=1,4 --repeats=3 "
+    "--sort_seconds=5",
+    "whole_run_1": "whole_run.py --devices=1 --d_model=128 --blocks=12",
+    "whole_run_4": "whole_run.py --devices=4 --d_model=128 --blocks=12",
     "slices": "slices.py --sizes=base --layers=2 --topology=v5e:4x4 --optimizer=adamw",
 }
 _TINY = "--d_model=32 --layers=1 --batch=2 --length=8 --period=2"
