@@ -152,7 +152,7 @@ def test_a_dense_run_says_so(capsys, run_file):
         (["--gin_file=no_such.gin"], "no_such.gin"),
         (["--gin.no_such.Thing.value=1"], "no_such.Thing"),
         (["--gin.TASK_FEATURE_LENGTHS={}"], "the gin files don't make a run: "),
-        (["--gin.train.model=None"], "the gin files bind no train.model"),
+        (["--gin.MODEL=None"], "the gin files bind no train.model"),
         (["--gin.BATCH_SIZE=0"], "utils.DatasetConfig.batch_size is 0"),
         pytest.param(["--topology=nonsense"], "libtpu knows no TPU slice 'nonsense'",
                      marks=needs_libtpu),
