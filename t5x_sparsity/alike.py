@@ -39,7 +39,9 @@ def map_alike(
     found: dict[str, jax.Array] = {}
     for paths in members.values():
         stacks = [jnp.stack([a[p] for p in paths]) for a in arrays]
-        result = function(plan[paths[0]], *stacks)
+        # the barrier keeps a compiler from moving parts of the stack into what they were made by,
+        # where it doesn't see that all parts together are the stack again
+        result = lax.optimization_barrier(function(plan[paths[0]], *stacks))
         found |= {p: lax.index_in_dim(result, i, keepdims=False) for i, p in enumerate(paths)}
     return {path: found[path] for path in plan}
 
