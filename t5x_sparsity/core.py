@@ -267,8 +267,8 @@ def train_step(
                 new, new_slots = _updated(algorithm, part, update, now)
                 after |= new
                 slots = _merged(slots, new_slots)
-        stored = _written(pack_alike(plan, after), step)
-        after = _unpacked(plan, stored)
+        stored = pack_alike(plan, after)
+        after = _unpacked(plan, _written(stored, step))
     for (algorithm, part), now in zip(parts, due, strict=True):
         if now is not False:
             forgotten = algorithm.resets(_of(masks, part), _of(after, part))
@@ -288,7 +288,9 @@ def _written(stored: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Arr
     """The same masks as arrays of their own, which is what comes out of a loop, entered or not.
 
     A compiler would otherwise select again wherever a mask is used, and make kernels of their own
-    for every weight, as each reads another part of a stack.
+    for every weight, as each reads another part of a stack. They are to be read within the step;
+    what the step returns must be `stored` itself, since XLA for TPU fails where donated masks are
+    read beside those that take their place.
     """
 
     def never(i, masks):
