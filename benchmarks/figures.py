@@ -44,6 +44,7 @@ PUBLISHED = {
     "adafactor": "steps.py --optimizer=adafactor",
     "methods": "steps.py --methods=magnitude,snfs,magnitude_ste,top_kast --steps=16 --period=4",
     "large": "steps.py --d_model=1024 --layers=4 --steps=6 --period=3 --peer=no",
+    "deep": "steps.py --layers=24 --steps=4 --period=2 --peer=no",
     "selection": "selection.py --weights=1M,4M,16M,64M,256M,1G --devices=1,4 --repeats=3 "
     "--sort_seconds=5",
     "whole_run_1": "whole_run.py --devices=1 --d_model=128 --blocks=12",
@@ -57,6 +58,7 @@ QUICK = {
     "adafactor": f"steps.py --optimizer=adafactor {_TINY} --steps=4 --peer=no",
     "methods": f"steps.py --methods=magnitude {_TINY} --steps=4 --peer=no",
     "large": f"steps.py {_TINY} --steps=4 --peer=no",
+    "deep": f"steps.py {_TINY} --steps=4 --peer=no",
     "selection": "selection.py --weights=64K --dtypes=float32 --devices=1,2 --tensors=1,2 "
     "--tensors_weights=64K --repeats=1",
     "whole_run_1": f"whole_run.py --devices=1 {_TINY} --blocks=1",
@@ -162,6 +164,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "adafactor": (("adafactor",), _steps("adafactor")),
     "methods": (("methods",), _steps("methods")),
     "large": (("large",), _against_steps),
+    "deep": (("deep",), _steps("deep")),
     "selection": (("selection",), _selection),
     "whole_run": (("whole_run_1", "whole_run_4"), _whole_run),
     "slices": (("slices",), _slices),
