@@ -230,7 +230,7 @@ def test_the_steps_of_a_slice(capsys, run_file):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_slice_that_is_too_small_is_an_answer(capsys, run_file):
-    arguments = ["--topology=v4:1x1x1", "--gin.BATCH_SIZE=200000"]
+    arguments = ["--topology=v4:2x2x1", "--gin.BATCH_SIZE=800000"]
     code, out, err = plan(capsys, run_file, *arguments)
     assert code == 3, err
     assert re.search(r"^fits +no +no +no$", out, re.M)
