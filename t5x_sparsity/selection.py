@@ -72,8 +72,11 @@ def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
 
 
 def _alike(choices: Mapping[str, Choice]) -> list[list[str]]:
-    """The paths of choices that can be one stack. They share passes over scores in any case; as a
-    stack they also keep the compiled program small, however many layers a model has."""
+    """The paths of choices that can be one stack.
+
+    All choices share their passes over scores; stacks keep the compiled program small, however many
+    layers a model has.
+    """
     members: dict[Hashable, list[str]] = {}
     for path, c in choices.items():
         key = path

@@ -180,7 +180,7 @@ def results():
     fits = {"temp_bytes": 1, "argument_bytes": 1, "peak_bytes": 12_300_000, "collectives": {}}
     names = ("topology", "chips", "kind", "model_parallel", "method", "batch", "length")
     return {
-        **dict.fromkeys(("steps_1", "adafactor", "methods", "large"), steps),
+        **dict.fromkeys(("steps_1", "adafactor", "methods", "large", "deep"), steps),
         "steps_4": {**steps, "devices": 4},
         "whole_run_1": whole,
         "whole_run_4": {**whole, "devices": 4},
