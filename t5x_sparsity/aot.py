@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_sparsity import host
-from t5x_sparsity.cli import TPU_ENVIRONMENT
+from t5x_sparsity.cli.plan import TPU_ENVIRONMENT
 from t5x_sparsity.compiled import CompiledStep, describe
 
 _KINDS = "v4:2x2x2, v5e:4x4, v5p:2x2x2 or v6e:4x4"

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from t5x_sparsity.core import flatten
 from t5x_sparsity.plan import Plan
-from t5x_sparsity.sparsify import find_state
+from t5x_sparsity.transformation import find_state
 
 TOTAL = "total"
 

@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 
 from t5x_sparsity import aot, host
-from t5x_sparsity.cli import PlanOptions
+from t5x_sparsity.cli.plan import PlanOptions
 from t5x_sparsity.commands import CommandError, one_line, run_file
 from t5x_sparsity.commands.plan_report import DoesNotFit, Report, SliceReport, WeightRow
 from t5x_sparsity.core import flatten

@@ -1,15 +1,13 @@
-"""The command `t5x-sparsity`."""
+"""The arguments of `t5x-sparsity plan`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-# Only the standard library here: what a subcommand needs is imported once it is asked for.
+from t5x_sparsity import cli
 
 _HOST_VARIABLE = "T5X_SPARSITY_HOST"
 
@@ -46,33 +44,8 @@ class PlanOptions:
     all: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
-
-    def error(self, message: str):
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit code: 2 for what can't be done as asked."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    try:
-        values = parser.parse_args(_with_bindings(arguments))
-    except SystemExit as e:
-        return int(e.code or 0)
-    return values.run(values)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="t5x-sparsity", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_plan(commands)
-    return parser
-
-
-def _add_plan(commands) -> None:
+def add(commands) -> None:
+    """Adds the subcommand to those of `t5x-sparsity`."""
     plan = commands.add_parser(
         "plan",
         allow_abbrev=False,
@@ -89,7 +62,7 @@ def _add_plan(commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--all", action="store_true", help="list dense weights too")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_run)
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,26 +90,11 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, help=argparse.SUPPRESS)
 
 
-def _with_bindings(arguments: Sequence[str]) -> list[str]:
-    """The arguments, each `--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`."""
-    found = []
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--gin.").partition("=")
-        if argument.startswith("--gin.") and name and equals:
-            argument = f"--gin_bindings={name} = {value}"
-        found.append(argument)
-    return found
-
-
-def _plan(values: argparse.Namespace) -> int:
+def _run(values: argparse.Namespace) -> int:
     if values.host:
         os.environ[_HOST_VARIABLE] = values.host
-    # Nothing runs, so no accelerator is taken.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    for key, value in {"TF_CPP_MIN_LOG_LEVEL": "3", **TPU_ENVIRONMENT}.items():
+    for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from t5x_sparsity.commands import CommandError, one_line
-
     options = PlanOptions(
         gin_file=values.gin_file,
         gin_bindings=values.gin_bindings,
@@ -145,30 +103,4 @@ def _plan(values: argparse.Namespace) -> int:
         json=values.json,
         all=values.all,
     )
-    try:
-        with _quiet():
-            from t5x_sparsity.commands import plan
-
-        return plan.run(options)
-    except (CommandError, ImportError) as e:
-        print(f"t5x-sparsity plan: error: {one_line(e)}", file=sys.stderr)
-        return 2
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what libraries of C++ say of themselves as they are imported."""
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return cli.run("plan", options)

@@ -28,7 +28,7 @@ from t5x_sparsity import (
 )
 from t5x_sparsity.core import flatten, unflatten
 from t5x_sparsity.slots import zero_slots
-from t5x_sparsity.sparsify import find_state
+from t5x_sparsity.transformation import find_state
 
 # an update at step 2 alone, which swaps half of the weights
 RIGL = RigL(updates=OneShot(step=2), drop_fraction=Constant(value=0.5))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from meshes import mesh, put, quick_jit
-from test_sparsify import (
+from test_transformation import (
     KEPT,
     RIGL,
     SHAPES,
@@ -34,7 +34,7 @@ from t5x_sparsity import (
     sparsify,
 )
 from t5x_sparsity.core import flatten, init_state, train_step, unflatten
-from t5x_sparsity.sparsify import find_state
+from t5x_sparsity.transformation import find_state
 
 
 def run_updates(tx, steps=4, shapes=SHAPES):
