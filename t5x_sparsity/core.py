@@ -23,6 +23,9 @@ Arrays = Mapping[str, jax.Array]
 # Masks must be the same whatever generator the run draws its dropout from.
 _KEY_IMPL = "threefry2x32"
 
+# The slot of the weights that have ever been kept, stored as masks are.
+EXPLORED = "explored"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
@@ -38,6 +41,8 @@ class SparsityConfig:
       embedding_sparsity: level of embeddings, 'auto' for 1 - sqrt(1 - sparsity), None for dense.
       seed: of the masks' random choices, a non-negative integer.
       pack_masks: store masks eight weights a byte where a weight's shape allows.
+      track_explored: remember which weights have ever been kept, another bit a weight, for the
+        explored share of In-Time Over-Parameterization (Liu et al. 2021, arXiv:2102.02887).
     """
 
     algorithm: Algorithm
@@ -48,6 +53,7 @@ class SparsityConfig:
     embedding_sparsity: float | str | None = None
     seed: int = 0
     pack_masks: bool = True
+    track_explored: bool = False
 
     def __post_init__(self):
         check_level(self.sparsity, "sparsity (SPARSITY)")
@@ -152,12 +158,15 @@ def init_state(
         masks = algorithm.initial_masks(part, own, None if trained else key)
         stored |= {p: masks_lib.pack(masks[p], layer.pack_axis) for p, layer in part.items()}
         for name, arrays in algorithm.initial_slots(part, own, masks).items():
-            if name in ("masks", "rng") or "/" in name:
+            if name in ("masks", "rng", EXPLORED) or "/" in name:
                 raise ValueError(
                     f"{type(algorithm).__name__}.initial_slots names a slot {name!r}, but 'masks', "
-                    "'rng' and names with '/' are taken; rename it"
+                    f"'rng', {EXPLORED!r} and names with '/' are taken; rename it"
                 )
             slots.setdefault(name, {}).update(arrays)
+    if config.track_explored and stored:
+        # a copy: a train step is given both, and may write over either
+        slots[EXPLORED] = {p: jnp.copy(stored[p]) for p in plan}
     return SparsityState(
         masks={p: stored[p] for p in plan},
         rng=jax.random.key_data(key),
@@ -269,6 +278,8 @@ def train_step(
                 slots = _merged(slots, new_slots)
         stored = pack_alike(plan, after)
         after = _unpacked(plan, _written(stored, step))
+        known = state.slots.get(EXPLORED, {})
+        slots = _merged(slots, {EXPLORED: {p: x | stored[p] for p, x in known.items()}})
     for (algorithm, part), now in zip(parts, due, strict=True):
         if now is not False:
             forgotten = algorithm.resets(_of(masks, part), _of(after, part))

@@ -22,7 +22,7 @@ from t5x_sparsity.algorithms.straight_through import StraightThrough
 from t5x_sparsity.core import groups
 from t5x_sparsity.plan import LayerPlan, Plan
 from t5x_sparsity.products import Products
-from t5x_sparsity.schedules import UpdateSchedule, ValueSchedule
+from t5x_sparsity.schedules import UpdateSchedule, ValueSchedule, last_update
 
 # A run of more steps than this is judged by as many of them, evenly spaced.
 _SAMPLES = 512
@@ -74,37 +74,64 @@ def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
 
     products: of the loss of one batch.
     """
-    sparse = {p: products.of_weights[p] for p in plan}
-    rest = products.total - sum(sparse.values())
-    forward, training = rest, 3 * rest * total_steps
-    for algorithm, part in groups(plan):
-        updates = [t for t in range(total_steps) if algorithm.updates.is_update(t)]
-        is_update = np.zeros(total_steps, bool)
-        is_update[updates] = True
-        # an update's step is counted apart: it may need gradients of all weights
-        for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
-            chosen = _evenly(steps)
-            spent = [_step(part, sparse, updates, int(t)) for t in chosen]
-            training += sum(spent) * len(steps) / max(len(chosen), 1)
+    return FlopsSoFar(plan, products).advance(total_steps)
+
+
+class FlopsSoFar:
+    """Adds up a run's FLOPs as it goes, on the host, from its schedules; see `mask_density`."""
+
+    def __init__(self, plan: Plan, products: Products, first_step: int = 0):
+        """Starts at `first_step`, with nothing spent. products: of the loss of one batch."""
+        self._sparse = {p: products.of_weights[p] for p in plan}
+        self._dense = products.total
+        self._rest = self._dense - sum(self._sparse.values())
+        self._groups = groups(plan)
+        # of each group, the updates that a step from here on may be after
+        lasts = [last_update(a.updates, first_step) for a, _ in self._groups]
+        self._updates = [[] if t is None else [t] for t in lasts]
+        self._first = self._step = first_step
+        self._spent = 0.0
+
+    def advance(self, step: int) -> RunFlops:
+        """What all steps before `step` come to, and a forward pass with the masks then.
+
+        Raises:
+          ValueError: `step` is before one that has been counted.
+        """
+        if step < self._step:
+            raise ValueError(f"steps are counted up to {self._step} already, got {step}")
+        self._spent += 3 * self._rest * (step - self._step)
+        forward = self._rest
+        for i, (algorithm, part) in enumerate(self._groups):
+            new = [t for t in range(self._step, step) if algorithm.updates.is_update(t)]
+            updates = self._updates[i] + new
+            is_update = np.zeros(step - self._step, bool)
+            is_update[np.asarray(new, int) - self._step] = True
+            # an update's step is counted apart: it may need gradients of all weights
+            for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
+                chosen = _evenly(steps)
+                spent = [self._of_step(part, updates, int(t) + self._step) for t in chosen]
+                self._spent += sum(spent) * len(steps) / max(len(chosen), 1)
+            self._updates[i] = updates[-1:]
+            for path, layer in part.items():
+                density = mask_density(layer, part, updates[-1] if updates else None)
+                forward += self._sparse[path] * algorithm.densities(density, step)[0]
+        self._step = step
+        steps = step - self._first
+        return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))
+
+    def _of_step(self, part: Plan, updates: list[int], step: int) -> float:
+        before = np.searchsorted(updates, step)
+        last = updates[before - 1] if before else None
+        total, memo = 0.0, {}
         for path, layer in part.items():
-            density = mask_density(layer, part, updates[-1] if updates else None)
-            forward += sparse[path] * algorithm.densities(density, total_steps)[0]
-    dense = products.total
-    return RunFlops(dense, forward, 3 * dense * total_steps, training)
-
-
-def _step(part: Plan, sparse: Mapping[str, float], updates: list[int], step: int) -> float:
-    before = np.searchsorted(updates, step)
-    last = updates[before - 1] if before else None
-    total, memo = 0.0, {}
-    for path, layer in part.items():
-        key = layer.level, layer.pattern
-        if key not in memo:
-            density = mask_density(layer, part, last)
-            memo[key] = layer.algorithm.densities(density, step)
-        forward, gradient = memo[key]
-        total += sparse[path] * float(2 * forward + gradient)
-    return total
+            key = layer.level, layer.pattern
+            if key not in memo:
+                density = mask_density(layer, part, last)
+                memo[key] = layer.algorithm.densities(density, step)
+            forward, gradient = memo[key]
+            total += self._sparse[path] * float(2 * forward + gradient)
+        return total
 
 
 def _evenly(steps: np.ndarray) -> np.ndarray:

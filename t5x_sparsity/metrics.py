@@ -12,7 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 from t5x_sparsity.core import flatten
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.plan import LayerPlan, Plan
 from t5x_sparsity.transformation import find_state
 
 TOTAL = "total"
@@ -63,18 +63,6 @@ def _row_counts(stored: jax.Array) -> jax.Array:
     return jnp.sum(bits, axis=axes, dtype=jnp.int32).reshape(-1)
 
 
-def sparsities(stored: Mapping[str, jax.Array], sizes: Mapping[str, int]) -> dict[str, jax.Array]:
-    """Actual sparsity of every weight and in total, float32 scalars by 'sparsity/<path>'.
-
-    Traceable; float32 rounds a share of billions of weights, which is fine for a curve.
-    """
-    kept = {p: jnp.sum(c.astype(jnp.float32)) for p, c in kept_counts(stored).items()}
-    shares = {f"sparsity/{p}": 1 - n / sizes[p] for p, n in kept.items()}
-    if kept:
-        shares[f"sparsity/{TOTAL}"] = 1 - sum(kept.values()) / sum(sizes[p] for p in kept)
-    return shares
-
-
 def total_kept(counts: Any) -> int:
     """Sums counts on the host, exactly."""
     return int(np.asarray(counts, np.int64).sum())
@@ -90,7 +78,7 @@ def summarize(
             shape=tuple(shapes[p]),
             size=math.prod(shapes[p]),
             kept=kept[p],
-            target=plan[p].sparsity if plan and not _is_global(plan[p]) else None,
+            target=plan[p].sparsity if plan and not is_global(plan[p]) else None,
         )
         for p in sorted(kept)
     ]
@@ -101,7 +89,8 @@ def summarize(
     return [*rows, LayerSummary(TOTAL, (), size, sum(r.kept for r in rows), target)]
 
 
-def _is_global(layer) -> bool:
+def is_global(layer: LayerPlan) -> bool:
+    """Whether a weight has no level of its own: one threshold decides on it and on others."""
     return layer.in_budget and layer.algorithm is not None and layer.algorithm.is_global
 
 

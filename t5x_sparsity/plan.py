@@ -136,6 +136,13 @@ class LayerPlan:
         return tuple(dims)
 
     @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes of the whole weight that tell its output neurons apart: the last, or two."""
+        free = [a for a in range(len(self.shape)) if a not in self.stack_axes]
+        names = [self.axes[a] if a < len(self.axes or ()) else None for a in free]
+        return tuple(free[-2:] if len(free) > 2 and names[-2:] == ["heads", "kv"] else free[-1:])
+
+    @property
     def slice_size(self) -> int:
         return math.prod(self.slice_shape)
 

@@ -71,6 +71,17 @@ def count_products(fn: Callable, weights: Any, *arguments: Any) -> Products:
     return Products(counts, counter.others)
 
 
+def loss_products(model: Any, train_state: Any, batch: Mapping[str, Any]) -> Products:
+    """Counts the products of a T5X model's loss of one batch; shapes will do for all arrays."""
+    mutables = getattr(train_state, "flax_mutables", None)
+
+    def loss(params, batch, *more):
+        return model.loss_fn(params, batch, None, *more)
+
+    # T5X's models that have such variables take them as well
+    return count_products(loss, train_state.params, batch, *((mutables,) if mutables else ()))
+
+
 class _Counter:
     def __init__(self, counts: dict[str, float]):
         self.counts = counts

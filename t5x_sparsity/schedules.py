@@ -37,6 +37,15 @@ class UpdateSchedule(Protocol):
 _NEVER = np.int32(2**30)
 
 
+def last_update(updates: UpdateSchedule, step: int, since: int = 0) -> int | None:
+    """The last update among the steps from `since` up to, and without, `step`; on the host."""
+    if updates.last is None:
+        return None
+    first = max(since, getattr(updates, "begin", 0))
+    steps = range(min(step - 1, updates.last), first - 1, -1)
+    return next((t for t in steps if updates.is_update(t)), None)
+
+
 def resolve_step(
     value: int | float, total_steps: int | None, name: str, start_step: int = 0
 ) -> int:

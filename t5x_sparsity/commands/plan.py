@@ -20,7 +20,7 @@ from t5x_sparsity.flops import run_flops
 from t5x_sparsity.metrics import TOTAL, summarize
 from t5x_sparsity.plugin import SparseTrainStateInitializer
 from t5x_sparsity.plugin.trainer import SparseTrainer
-from t5x_sparsity.products import count_products
+from t5x_sparsity.products import loss_products
 
 
 def run(options: PlanOptions) -> int:
@@ -108,14 +108,7 @@ def _plan(config: run_file.Run, initializer) -> Report:
         _bytes(NamedSharding(mesh, mask_axes[p]).shard_shape(m.shape), m.dtype)
         for p, m in masks.items()
     )
-    # T5X's models that have such variables take them as well
-    mutables = (state.flax_mutables,) if getattr(state, "flax_mutables", None) else ()
-    products = count_products(
-        lambda params, batch, *more: config.model.loss_fn(params, batch, None, *more),
-        state.params,
-        config.batch,
-        *mutables,
-    )
+    products = loss_products(config.model, state, config.batch)
     return Report(
         host=host.NAME,
         is_sparse=sparse,

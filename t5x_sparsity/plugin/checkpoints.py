@@ -227,6 +227,8 @@ def _record(plan: Plan) -> dict[str, dict[str, Any]]:
             "pattern": repr(layer.pattern),
             "algorithm": type(layer.algorithm).__name__,
             "start_step": _start_step(layer.algorithm.updates),
+            "axes": None if layer.axes is None else list(layer.axes),
+            "stack_axes": list(layer.stack_axes),
         }
         for path, layer in plan.items()
     }

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import clu.values
 import jax
 from absl import logging
 from jax.sharding import PartitionSpec
@@ -20,6 +19,7 @@ from t5x_sparsity.core import flatten, schedules
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.plugin.checkpoints import RECORD, check_start_step, write_record
 from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind, with_optimizer
+from t5x_sparsity.plugin.run_metrics import RunMetrics
 
 NOT_SPARSE = (
     "the sparse trainer got a train state without masks, and would train dense: bind "
@@ -79,15 +79,14 @@ class TrainStep:
 
 
 class _Summary:
-    """The future of a training summary, with the sparsity added."""
+    """The future of a training summary, with that of the masks added."""
 
-    def __init__(self, base, sparsity: Mapping[str, jax.Array]):
+    def __init__(self, base, masks: concurrent.futures.Future):
         self._base = base
-        self._sparsity = sparsity
+        self._masks = masks
 
     def result(self):
-        scalars = {k: clu.values.Scalar(float(v)) for k, v in self._sparsity.items()}
-        return {**(self._base.result() or {}), **scalars}
+        return {**(self._base.result() or {}), **self._masks.result()}
 
 
 class SparseTrainer:
@@ -152,6 +151,7 @@ class SparseTrainer:
         if self._host_step is None:
             self._host_step = int(host.utils.get_local_data(train_state.step))
         step = self._step_of(self._kind(self._host_step))
+        self._run_metrics.before_step(self._host_step, train_state._optimizer.state.sparsity)
         self._host_step += 1
         return step(train_state, batch)
 
@@ -169,17 +169,15 @@ class SparseTrainer:
         return self._compiled_steps[kind].result()
 
     def train(self, batch_iter, num_steps, start_step=None):
-        """As the base's; the summary also has the sparsity reached."""
+        """As the base's; the summary also has what RunMetrics reports."""
         if start_step is None:
             start_step = int(host.utils.get_local_data(self.train_state.step))
         self._host_step = int(start_step)
         self._trained = True
+        self._run_metrics.start_period(self._host_step, num_steps)
         summary = super().train(batch_iter, num_steps, start_step=start_step)
-        masks = self.train_state._optimizer.state.sparsity.masks
-        # still on the device: whoever writes or asks for them waits, the steps go on
-        scalars = jax.tree.map(host.utils.get_local_data, self._sparsities(masks) if masks else {})
-        self.train_metrics_manager.write_scalars(self._host_step, scalars)
-        return _Summary(summary, scalars)
+        state = self.train_state._optimizer.state.sparsity
+        return _Summary(summary, self._run_metrics.end_period(self._host_step, state))
 
     def compile_train(self, batch) -> None:
         """Compiles the step that comes first; a thread compiles the other as that one runs."""
@@ -192,6 +190,8 @@ class SparseTrainer:
         pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._compiled_steps = {kind: pool.submit(c) for kind, c in compilers.items()}
         pool.shutdown(wait=False)
+        # meanwhile
+        self._run_metrics.count_flops(self._model, state, batch)
         self._compiled_steps[first].result()
         self._compiled_train_step = self._dispatch
         self.train_metrics_manager.write_scalar(
@@ -217,31 +217,32 @@ class SparseTrainer:
 
     @functools.cached_property
     def _count(self):
-        return self._of_masks(metrics.kept_counts)
-
-    @functools.cached_property
-    def _sparsities(self):
-        sizes = {p: layer.size for p, layer in self._plan.items()}
-        return self._of_masks(lambda masks: metrics.sparsities(masks, sizes))
-
-    def _of_masks(self, fn):
-        """Compiles a small function of the masks, for all processes to run."""
+        """Counts the weights kept, for all processes to run."""
         axes = self._train_state_axes._optimizer.state.sparsity.masks
         return self._partitioner.partition(
-            fn, in_axis_resources=(axes,), out_axis_resources=PartitionSpec()
+            metrics.kept_counts, in_axis_resources=(axes,), out_axis_resources=PartitionSpec()
         )
+
+    @functools.cached_property
+    def _run_metrics(self) -> RunMetrics:
+        axes = self._train_state_axes._optimizer.state.sparsity
+        return RunMetrics(self._plan, axes, self._partitioner, self.train_metrics_manager)
 
     def close(self) -> None:
         """Closes the base trainer and, after a run, logs what it has reached."""
         for compiling in self._compiled_steps.values():
             compiling.cancel()
-        if self._trained:
-            self._trained = False
-            # all processes count: a mask may lie on the devices of several
-            rows = self.layer_summaries()
-            if jax.process_index() == 0:
-                _log_report(rows, self._last_eval, self.reference_losses)
-        super().close()
+        try:
+            if "_run_metrics" in vars(self):
+                self._run_metrics.close()
+            if self._trained:
+                self._trained = False
+                # all processes count: a mask may lie on the devices of several
+                rows = self.layer_summaries()
+                if jax.process_index() == 0:
+                    _log_report(rows, self._last_eval, self.reference_losses)
+        finally:
+            super().close()
 
 
 def _log_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]], model_dir: str) -> None:

@@ -262,6 +262,8 @@ def test_the_record_of_a_run_is_written_whole(sparse):
         "pattern": "Unstructured()",
         "algorithm": "RigL",
         "start_step": 0,
+        "axes": ["embed", "layers", "mlp"],
+        "stack_axes": [1],
     }
     assert not list(sparse[0].glob("*.tmp"))
 

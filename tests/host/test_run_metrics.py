@@ -1,0 +1,164 @@
+"""What the sparse trainer writes of its masks, on the host in use."""
+
+import numpy as np
+import pytest
+import rig
+import whole_runs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+import t5x_sparsity as ts
+from t5x_sparsity import masks
+from t5x_sparsity.core import EXPLORED, flatten
+from t5x_sparsity.products import loss_products
+
+
+def unpacked(trainer, name="masks"):
+    state = trainer.train_state._optimizer.state.sparsity
+    stored = state.masks if name == "masks" else state.slots[name]
+    shapes = {p: x.shape for p, x in flatten(trainer.train_state.params).items()}
+    return {p: np.asarray(masks.unpack(m, shapes[p])) for p, m in stored.items()}
+
+
+def test_the_numbers_of_a_period_are_those_of_its_masks(tmp_path):
+    config = rig.rigl(track_explored=True)
+    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    ever, start = unpacked(trainer), 0
+    for steps in (2, 1, 4, 2, 3):  # updates are at 2, 5, 8, 11
+        ends = start + steps
+        last = max((t for t in (2, 5, 8, 11) if start <= t < ends), default=None)
+        # up to the last update by itself, for the masks before it
+        taken = 0 if last is None else last - start
+        if taken:
+            rig.run(trainer, taken, start)
+        before = unpacked(trainer)
+        summary = rig.run(trainer, ends - start - taken, start + taken)
+        after, start = unpacked(trainer), ends
+        values = {name: v.value for name, v in summary.items() if hasattr(v, "value")}
+        ever = {p: ever[p] | after[p] for p in after}
+        for path, mask in after.items():
+            assert values[f"sparsity/{path}"] == pytest.approx(1 - mask.mean())
+            assert values[f"mask_explored/{path}"] == pytest.approx(ever[path].mean())
+            if last is not None:
+                grown = (mask & ~before[path]).sum()
+                assert values[f"mask_grown/{path}"] == grown
+                assert values[f"mask_dropped/{path}"] == grown
+                assert values[f"mask_churn/{path}"] == pytest.approx(grown / mask.sum())
+        assert ("mask_churn/total" in values) == (last is not None)
+        if last is not None:
+            assert values["mask_grown/total"] > 0
+        assert values["sparsity_target/total"] == pytest.approx(0.8, abs=1e-3)
+        np.testing.assert_equal(unpacked(trainer, EXPLORED), ever)
+    trainer.close()
+
+
+def test_flops_are_reported_of_a_compiled_run(tmp_path):
+    trainer = rig.trainer(rig.rigl(), summary_dir=str(tmp_path))
+    trainer.compile_train(rig.batch())
+    values = {n: v.value for n, v in rig.run(trainer, 5).items() if n.startswith("flops/")}
+    products = loss_products(trainer._model, trainer.train_state, rig.batch())
+    assert values["flops/training_dense"] == 5 * 3 * products.total
+    sparse = sum(products.of_weights[p] for p in trainer._plan)
+    layers = {p: products.of_weights[p] * (1 - x.level) for p, x in trainer._plan.items()}
+    forward = products.total - sparse + sum(layers.values())
+    assert values["flops/inference"] == pytest.approx(forward)
+    # four plain steps and, of the update at step 2, the gradients of all weights
+    update = 3 * (products.total - sparse) + 2 * sum(layers.values()) + sparse
+    assert values["flops/training"] == pytest.approx(4 * 3 * forward + update)
+    assert values["flops/training_share"] == pytest.approx(
+        (12 * forward + update) / products.total / 15
+    )
+    trainer.close()
+
+
+def test_a_model_that_cannot_be_traced_trains_on(caplog):
+    trainer = rig.trainer(rig.rigl())
+    trainer._run_metrics.count_flops(object(), trainer.train_state, rig.batch())
+    assert "FLOPs are not reported" in caplog.text and "loss_fn" in caplog.text
+    assert not [n for n in rig.run(trainer, 1) if n.startswith("flops/")]
+    trainer.close()
+
+
+def events(folder):
+    found = EventAccumulator(str(folder / "train"), size_guidance={"tensors": 0})
+    found.Reload()
+    return found
+
+
+def test_tensorboard_shows_groups_and_a_few_images(tmp_path):
+    config = rig.rigl(begin=2, end=18, period=4)
+    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    for start in range(0, 24, 2):
+        rig.run(trainer, 2, start)
+    paths = list(unpacked(trainer))
+    final = unpacked(trainer)
+    trainer.close()
+    found = events(tmp_path)
+    names = found.Tags()["tensors"]
+    ours = {"sparsity", "sparsity_target", "mask_churn", "mask_grown", "mask_dropped"}
+    for group in ours:
+        assert {n.split("/", 1)[1] for n in names if n.split("/")[0] == group} == {*paths, "total"}
+    assert [e.step for e in found.Tensors("sparsity/total")] == list(range(2, 25, 2))
+    assert [e.step for e in found.Tensors("mask_churn/total")] == [4, 8, 12, 16, 20]
+    # the first summary, then the first after each quarter of the steps from 2 to 18
+    assert [e.step for e in found.Tensors(f"masks/{paths[0]}")] == [2, 8, 12, 16, 20]
+    assert [e.step for e in found.Tensors(f"mask_fan_in/{paths[0]}")] == [2, 8, 12, 16, 20]
+    buckets = make_ndarray(found.Tensors(f"mask_fan_in/{paths[0]}")[-1].tensor_proto)
+    assert buckets[:, 2].sum() == final[paths[0]].reshape(-1, final[paths[0]].shape[-1]).shape[1]
+
+
+def test_a_method_without_updates_has_one_image_and_no_churn(tmp_path):
+    config = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.5)
+    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    for start in (0, 1, 2):
+        rig.run(trainer, 1, start)
+    path = next(iter(unpacked(trainer)))
+    trainer.close()
+    found = events(tmp_path)
+    assert [e.step for e in found.Tensors(f"masks/{path}")] == [1]
+    assert not [n for n in found.Tags()["tensors"] if n.startswith("mask_churn")]
+
+
+def test_a_dense_run_reports_flops_and_no_masks(tmp_path):
+    config = ts.SparsityConfig(algorithm=ts.Dense())
+    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    trainer.compile_train(rig.batch())
+    summary = rig.run(trainer, 2)
+    trainer.close()
+    names = {n.split("/")[0] for n in summary}
+    assert "flops" in names and not names & {"sparsity", "sparsity_target", "mask_churn"}
+    assert summary["flops/training_share"].value == 1
+
+
+def test_an_error_of_the_writing_thread_is_raised_at_the_end(monkeypatch):
+    trainer = rig.trainer(rig.rigl())
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    rig.run(trainer, 1)
+    monkeypatch.setattr(trainer.train_metrics_manager, "write_scalars", full)
+    with pytest.raises(OSError, match="no space left"):
+        rig.run(trainer, 1, 1)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.close()
+
+
+def test_what_was_explored_is_resumed(tmp_path):
+    config = rig.rigl(0.5, begin=1, end=7, period=2, track_explored=True)
+    whole_runs.run(tmp_path / "halves", config, 4)
+    resumed = whole_runs.run(tmp_path / "halves", config, 8)
+    whole = whole_runs.run(tmp_path / "whole", config, 8)
+    whole_runs.assert_same(resumed, whole)
+    masks_now = {k: x for k, x in whole.items() if k.startswith("state/sparsity/masks/")}
+    for name, mask in masks_now.items():
+        ever = whole[name.replace("/masks/", "/explored/")]
+        assert (ever | mask == ever).all()
+        assert np.unpackbits(ever).sum() > np.unpackbits(mask).sum()
+    # the dense step's numbers are those of all steps, not of those since the run was resumed
+    shares = {}
+    for name in ("halves", "whole"):
+        found = events(tmp_path / name)
+        last = found.Tensors("flops/training")[-1]
+        shares[name] = last.step, make_ndarray(last.tensor_proto).item()
+    assert shares["halves"] == shares["whole"] and shares["whole"][0] == 8
