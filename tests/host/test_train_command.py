@@ -1,0 +1,51 @@
+"""The train script's help, and what it says of a command that can't be carried out."""
+
+import subprocess
+import sys
+
+import pytest
+import rig
+from runs import environment
+
+
+def train(*arguments, cwd=rig.ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "t5x_sparsity.train", *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_help_lists_the_flags_and_every_method():
+    done = train("--helpfull")
+    for flag in ("--gin_file", "--gin_bindings", "--gin_search_paths", "--host", "--process_count"):
+        assert f"  {flag}:" in done.stdout
+    methods = done.stdout.split("Methods:")[1].split(".")[0].replace(",", " ").split()
+    files = {p.stem for p in (rig.ROOT / "gin/sparsity").glob("*.gin")}
+    assert set(methods) == files - {"base", "from_dense"}
+    assert "t5x-sparsity plan" in done.stdout and "Exit codes: 0; 2 " in done.stdout
+
+
+EXAMPLE = "--gin_file=examples/rigl_stdlib.gin"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "no run is given; add --gin_file=FILE, such as --gin_file=examples/rigl_stdlib.gin"),
+        (["--gin_file=nope.gin"], "Unable to open file: nope.gin"),
+        ([EXAMPLE, "--gin.SPARSTY=0.9"], "SPARSTY is bound, but nothing reads it; did you mean"),
+        ([EXAMPLE, "sparsity/set.gin"], "unexpected arguments: sparsity/set.gin; --help lists"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_one_line(tmp_path, arguments, says):
+    model_dir = [f"--gin.MODEL_DIR='{tmp_path}/run'"] if EXAMPLE in arguments else []
+    done = train(*arguments, *model_dir)
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.rstrip("\n").split("\n")[-1]
+    assert last.startswith(f"t5x_sparsity.train: error: {says}")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
