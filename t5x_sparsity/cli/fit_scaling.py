@@ -2,9 +2,178 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from t5x_sparsity import cli
+
+COSTS = ("gradual", "dense", "sparse")
+
+_DESCRIPTION = """\
+Fits the sparse scaling law of Frantar et al. (2023, arXiv:2309.08520),
+
+  L(S, N, D) = (a_S (1 - S)^b_S + c_S) N^-b_N + (a_D / D)^b_D + c,
+
+to a table of runs, and finds the sparsity that is best for given compute.
+
+TABLE is a file of comma-separated values (or of semicolons or tabs) whose first
+line names its columns, one run a line below; lines that start with # are passed
+over, as are other columns:
+
+  sparsity         share of the counted weights that is zero, in [0, 1)
+  nonzero_weights  counted weights that aren't zero in the end
+  weights          counted weights in all; in place of nonzero_weights
+  tokens           trained on
+  loss             in the end, nats a token
+
+Count the same weights in every run, without embeddings as the authors do. At
+least 8 runs, and 3 different values each of sparsity, weights and tokens.
+"""
+_EPILOG = """\
+examples:
+  t5x-sparsity fit-scaling runs.csv --plots=law.html
+  t5x-sparsity fit-scaling runs.csv --compute 1e20 1e21 --size 1e8 --cost=sparse
+
+What the numbers mean, and when not to believe them: docs/fit_scaling.md.
+Exit code: 0; 2 if the law can't be fitted, with one line that says why.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitScalingOptions:
+    """Options of `t5x-sparsity fit-scaling`.
+
+    Attributes:
+      table: path of the table of runs.
+      compute: FLOPs of training to find the best sparsity for; none takes three from the table.
+      size: non-zero weights to find it for, beside the best size; none takes one from the table.
+      cost: what training costs: 'gradual', 'dense' or 'sparse', see `scaling_optimum`.
+      delta: where the Huber loss turns linear, in log residuals.
+      starts: of the fit.
+      bootstrap: tables resampled for intervals; 0 for none.
+      level: of the intervals, in (0, 1).
+      seed: of starts and resampling.
+      json: print one JSON object instead of tables.
+      plots: path of a page to write; None writes none.
+    """
+
+    table: str
+    compute: Sequence[float] = ()
+    size: Sequence[float] = ()
+    cost: str = "gradual"
+    delta: float = 1e-3
+    starts: int = 50
+    bootstrap: int = 200
+    level: float = 0.95
+    seed: int = 0
+    json: bool = False
+    plots: str | None = None
+
 
 def add(commands) -> None:
     """Adds the subcommand to those of `t5x-sparsity`."""
-    commands.add_parser(
-        "fit-scaling", allow_abbrev=False, help="fit the sparse scaling law to a table of runs"
+    parser = commands.add_parser(
+        "fit-scaling",
+        allow_abbrev=False,
+        help="fit the sparse scaling law to a table of runs",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("table", metavar="TABLE", help="the runs, see above")
+    parser.add_argument(
+        "--compute",
+        nargs="+",
+        default=(),
+        type=_number("above 0", lambda x: x > 0),
+        metavar="FLOPS",
+        help="training FLOPs to find the best sparsity for; without it three, from the least to "
+        "the most that a run of the table took",
+    )
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=(),
+        type=_number("above 0", lambda x: x > 0),
+        metavar="WEIGHTS",
+        help="non-zero weights to find it for, beside the best size for the compute; without it "
+        "the middle size of the table",
+    )
+    parser.add_argument(
+        "--cost",
+        choices=COSTS,
+        default="gradual",
+        help="what training costs, as 6 x non-zero weights x tokens times: gradual, pruned over "
+        "the middle half of training, 5/8 + 3/8 / (1 - S), the default; dense, zeros cost as "
+        "much, 1 / (1 - S); sparse, zeros cost nothing from the start, 1",
+    )
+    parser.add_argument(
+        "--plots", metavar="OUT.html", help="write a page of plots that needs no other file"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--bootstrap",
+        type=_whole("0 or at least 20", lambda x: x == 0 or x >= 20),
+        default=200,
+        metavar="TABLES",
+        help="tables to resample for intervals, 0 for no intervals; default: 200",
+    )
+    parser.add_argument(
+        "--level",
+        type=_number("between 0 and 1", lambda x: 0 < x < 1),
+        default=0.95,
+        help="of the intervals; default: 0.95",
+    )
+    parser.add_argument(
+        "--starts",
+        type=_whole("at least 1", lambda x: x >= 1),
+        default=50,
+        help="of the fit; default: 50",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_whole("at least 0", lambda x: x >= 0),
+        default=0,
+        help="of starts and resampling; default: 0",
+    )
+    parser.add_argument(
+        "--delta",
+        type=_number("above 0", lambda x: x > 0),
+        default=1e-3,
+        help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
+        "the paper's for language models",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _number(allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"must be a number {allowed}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _whole(allowed: str, is_allowed: Callable[[int], bool]) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"must be a whole number, {allowed}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _run(values: argparse.Namespace) -> int:
+    names = [f.name for f in dataclasses.fields(FitScalingOptions)]
+    return cli.run("fit_scaling", FitScalingOptions(**{n: getattr(values, n) for n in names}))
