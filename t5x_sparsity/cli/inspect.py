@@ -2,9 +2,76 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+
+from t5x_sparsity import cli
+
+_DESCRIPTION = """\
+Shows what a checkpoint's zeros look like, weight by weight: weights kept, sparsity against the
+target, dead rows and columns, and the pattern that holds exactly, such as 2:4 along the inputs;
+then totals, and what made it. Checkpoints of T5X and of the embedded host are read alike, without
+the model and without the run's gin files, a part at a time. Nothing is written.
+
+With --compare, what changed from CHECKPOINT to OTHER instead: how far their masks overlap, which
+share of the weights was replaced, and how far the weights moved. Either may be dense, or of either
+host."""
+
+_EPILOG = """\
+examples:
+  t5x-sparsity inspect /runs/rigl
+  t5x-sparsity inspect /runs/rigl/checkpoint_4000 --compare /runs/rigl/checkpoint_8000
+  t5x-sparsity inspect /runs/rigl --json | jq .total.sparse.sparsity
+
+Exit code: 0; 2 if it can't be read, with one line that says why. docs/inspect.md defines every
+number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Options of `t5x-sparsity inspect`.
+
+    Attributes:
+      checkpoint: a folder checkpoint_<step>, or the MODEL_DIR above it for the last one.
+      compare: another, to compare with; None shows the one alone.
+      json: print one JSON object instead of tables.
+      all: list dense weights too.
+    """
+
+    checkpoint: str
+    compare: str | None = None
+    json: bool = False
+    all: bool = False
+
 
 def add(commands) -> None:
     """Adds the subcommand to those of `t5x-sparsity`."""
-    commands.add_parser(
-        "inspect", allow_abbrev=False, help="show a checkpoint's sparsity, weight by weight"
+    inspect = commands.add_parser(
+        "inspect",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="show a checkpoint's sparsity, weight by weight, or compare two",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
+    inspect.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a folder checkpoint_<step>, or a MODEL_DIR for its last one",
+    )
+    inspect.add_argument(
+        "--compare", metavar="OTHER", help="another checkpoint or MODEL_DIR to compare with"
+    )
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.add_argument("--all", action="store_true", help="list dense weights too")
+    inspect.set_defaults(run=_run)
+
+
+def _run(values: argparse.Namespace) -> int:
+    options = InspectOptions(
+        checkpoint=values.checkpoint,
+        compare=values.compare,
+        json=values.json,
+        all=values.all,
+    )
+    return cli.run("inspect", options)
