@@ -13,5 +13,9 @@ setup(
         "sparsity": "gin/sparsity",
         "sparsity.embedded": "gin/sparsity/embedded",
     },
-    package_data={"sparsity": ["*.gin"], "sparsity.embedded": ["*.gin"]},
+    package_data={
+        "sparsity": ["*.gin"],
+        "sparsity.embedded": ["*.gin"],
+        "t5x_sparsity.commands": ["*.css", "*.js"],
+    },
 )

@@ -2,7 +2,83 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+from t5x_sparsity import cli
+
+_DESCRIPTION = """\
+Makes one HTML page of what a run did, or of several side by side: loss and sparsity over steps,
+sparsity by layer, churn, images of masks, FLOPs against dense, and the configuration. It reads the
+TensorBoard events, sparsity.json and config.gin of a run, no checkpoint, and works on a run that is
+still going. The page is one file that needs no network, about 5 MB with its plotting library.
+
+A page that this command made before is replaced; any other file is not. Exit code: 0; 2 if the
+page can't be made, with one line that says why."""
+
+_EPILOG = """\
+examples:
+  t5x-sparsity report runs/rigl
+  t5x-sparsity report runs/rigl runs/granet --name RigL --name GraNet --out comparison.html"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of `t5x-sparsity report`.
+
+    Attributes:
+      model_dirs: folders of runs, 1 to 8.
+      out: the page; None: sparsity_report.html in the run's folder, of several runs in the current
+        one.
+      names: of the runs on the page, one each; none: those of their folders.
+      json: print one JSON object of key numbers.
+    """
+
+    model_dirs: Sequence[str]
+    out: str | None = None
+    names: Sequence[str] = ()
+    json: bool = False
+
 
 def add(commands) -> None:
     """Adds the subcommand to those of `t5x-sparsity`."""
-    commands.add_parser("report", allow_abbrev=False, help="make one HTML page of one or more runs")
+    report = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        help="make one HTML page of one or more runs",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument(
+        "model_dirs", nargs="+", metavar="MODEL_DIR", help="folder of a run; at most 8"
+    )
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page; default: MODEL_DIR/sparsity_report.html for one run, for several "
+        "sparsity_report.html in the current folder",
+    )
+    report.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        dest="names",
+        metavar="NAME",
+        help="name of a run on the page, once a run in their order; default: of its folder",
+    )
+    report.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object, the page's path and each run's key numbers, beside making "
+        "the page",
+    )
+    report.set_defaults(run=_run)
+
+
+def _run(values: argparse.Namespace) -> int:
+    options = ReportOptions(
+        model_dirs=values.model_dirs, out=values.out, names=values.names, json=values.json
+    )
+    return cli.run("report", options)
