@@ -38,6 +38,7 @@ _NAMES = {
         "TopKAST",
     ),
     "core": ("SparsityConfig",),
+    "export": ("load_export",),
     "metrics": ("sparsity_summary",),
     "patterns": (
         "Block",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from t5x_sparsity import cli, scaling, scaling_intervals
 from t5x_sparsity.cli.fit_scaling import COSTS as COST_NAMES
-from t5x_sparsity.commands import fit_scaling
 from t5x_sparsity.commands.fit_scaling_table import read
 from t5x_sparsity.scaling import COEFFICIENTS, Law
 from t5x_sparsity.scaling_optimum import COSTS, training_flops
@@ -312,7 +312,7 @@ def test_where_a_page_can_not_go(capsys, tmp_path, table):
     for target, says in (
         (tmp_path, "is a folder; name a file in it"),
         (tmp_path / "no" / "page.html", "there is no folder"),
-        (table, "is the table itself; name another file"),
+        (table, "is no page of this command, so it isn't replaced"),
     ):
         code, out, err = run(capsys, table, *FAST, f"--plots={target}")
         assert code == 2 and out == "" and err.count("\n") == 1 and says in err
@@ -323,11 +323,11 @@ def test_a_page_that_can_not_be_written_leaves_nothing(capsys, tmp_path, table, 
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for module, name in ((fit_scaling.os, "replace"), (fit_scaling.tempfile, "mkstemp")):
+    for name in ("write_text", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, refuse)
+            patch.setattr(type(epath.Path(tmp_path)), name, refuse)
             code, out, err = run(capsys, table, *FAST, f"--plots={tmp_path / 'page.html'}")
-        assert code == 2 and out == "" and "page.html: No space left on device" in err
+        assert code == 2 and out == "" and "No space left on device); name another" in err
         assert list(tmp_path.iterdir()) == [table]
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from t5x_sparsity import cli
 from t5x_sparsity.commands import report_figures, report_names, report_parts
-from t5x_sparsity.commands.report_page import GENERATOR, make_page
+from t5x_sparsity.commands.output import generator
+from t5x_sparsity.commands.report_page import make_page
 from t5x_sparsity.commands.report_run import ReportRun, smoothed, window
 from t5x_sparsity.events import Histogram, Image, Run, Series, read_run
 
@@ -398,7 +399,7 @@ def test_one_runs_page_is_in_its_folder_and_is_made_again(capsys, tmp_path):
     page = folder / "sparsity_report.html"
     for _ in range(2):
         assert report(capsys, folder) == (0, f"{page}\n", "")
-        assert GENERATOR in page.read_text() and "<title>rigl</title>" in page.read_text()
+        assert generator("report") in page.read_text() and "<title>rigl</title>" in page.read_text()
     assert not list(folder.glob("*.tmp"))
 
 
@@ -447,7 +448,7 @@ def test_a_file_of_the_users_is_not_replaced(capsys, folders, tmp_path):
         (["{0}/rigl"] * 9,
          "9 runs are too many to tell apart on a page; give at most 8"),
         (["{0}/rigl", "--out={0}"],
-         "--out {0} is a folder; name a file, such as {0}/sparsity_report.html"),
+         "--out {0} is a folder; name a file in it, such as page.html"),
         (["{0}/rigl", "--out={0}/no/page.html"],
          "there is no folder {0}/no to write page.html to; make it first"),
         (["{0}/rigl", "--out={0}/" + "a" * 300], "can't be written"),

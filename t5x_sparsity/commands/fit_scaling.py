@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,6 +13,7 @@ from t5x_sparsity.cli.fit_scaling import FitScalingOptions
 from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.fit_scaling_report import BestRun, Report, column_name, show_range
 from t5x_sparsity.commands.fit_scaling_table import Source, read
+from t5x_sparsity.commands.output import check_page, spinner, write_page
 from t5x_sparsity.scaling import COEFFICIENTS, Fit, Law
 from t5x_sparsity.scaling_intervals import Bootstrap, HeldOut
 from t5x_sparsity.scaling_optimum import MAX_SPARSITY, optimum, training_flops
@@ -27,13 +24,13 @@ _ILL_CONDITIONED = 1e4
 def run(options: FitScalingOptions) -> int:
     """Prints the report; returns the exit code."""
     source = read(options.table)
-    out = _check_out(options)
-    with _progress("fitting"):
+    out = None if options.plots is None else check_page(options.plots, "--plots", "fit-scaling")
+    with spinner("fitting"):
         report = analyse(source, options)
         if out:
             from t5x_sparsity.commands.fit_scaling_page import page
 
-            _write(out, page(report))
+            write_page(out, page(report), "--plots")
     print(json.dumps(report.as_dict(), indent=1) if options.json else report.as_text())
     if out:
         print(f"wrote {out}", file=sys.stderr)
@@ -190,59 +187,6 @@ def _warnings(
             f"Marked rows have {' or '.join(outside)} outside the table's range: extrapolated."
         )
     return found
-
-
-def _check_out(options: FitScalingOptions) -> Path | None:
-    """The path to write to, before anything takes time."""
-    if options.plots is None:
-        return None
-    out = Path(options.plots)
-    if out.is_dir():
-        raise CommandError(
-            f"--plots={out} is a folder; name a file in it, such as {out / 'law.html'}"
-        )
-    if not out.absolute().parent.is_dir():
-        raise CommandError(
-            f"--plots={out}: there is no folder {out.absolute().parent}; make it first"
-        )
-    if out.exists() and out.samefile(options.table):
-        raise CommandError(f"--plots={out} is the table itself; name another file")
-    return out
-
-
-def _write(out: Path, text: str) -> None:
-    """Writes all or nothing."""
-    try:
-        handle, name = tempfile.mkstemp(dir=out.absolute().parent, prefix=f".{out.name}.")
-    except OSError as e:
-        raise CommandError(f"can't write to {out}: {e.strerror or e}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # the usual rights of a new file, which a temporary one doesn't have
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, out)
-    except BaseException as e:
-        os.unlink(name)
-        if isinstance(e, OSError):
-            raise CommandError(f"can't write to {out}: {e.strerror or e}") from None
-        raise
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """A spinner on a terminal, a line elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        yield
 
 
 def _some(values: np.ndarray, most: int = 6) -> np.ndarray:

@@ -11,6 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
 
 from t5x_sparsity.commands.fit_scaling_report import FORMULA, Grid, Report
+from t5x_sparsity.commands.output import generator
 from t5x_sparsity.scaling import COEFFICIENTS, distinct
 from t5x_sparsity.scaling_optimum import optimum, training_flops
 
@@ -99,6 +100,7 @@ def page(report: Report) -> str:
             ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{generator('fit-scaling')}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Sparse scaling law of {path}</title><style>{_STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body>\n"

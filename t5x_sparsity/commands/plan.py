@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from t5x_sparsity import aot, host
 from t5x_sparsity.cli.plan import PlanOptions
 from t5x_sparsity.commands import CommandError, one_line, run_file
+from t5x_sparsity.commands.output import spinner
 from t5x_sparsity.commands.plan_report import DoesNotFit, Report, SliceReport, WeightRow
 from t5x_sparsity.core import flatten
 from t5x_sparsity.flops import run_flops
@@ -50,7 +51,7 @@ def _report(options: PlanOptions) -> Report:
             with _as_command_errors(""):
                 aot.use_slice(config.partitioner, devices)
             _check_batch(config, devices)
-        with _progress("planning"), _as_command_errors("the run can't be planned: "):
+        with spinner("planning"), _as_command_errors("the run can't be planned: "):
             initializer = config.initializer()
             report = _plan(config, initializer)
         if devices:
@@ -153,7 +154,7 @@ def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> SliceRepo
             step = trainer._partitioned_train_step
         else:
             step = trainer.train_step_variants()[kind]
-        with _progress(f"compiling the {kind} step for {devices.name}"):
+        with spinner(f"compiling the {kind} step for {devices.name}"):
             found[kind] = aot.compile_step(step, devices, state, batch)
     for trainer, _ in {id(t): (t, s) for t, s in steps.values()}.values():
         trainer.close()
@@ -181,20 +182,6 @@ def _named(pattern) -> str:
     """A pattern with the values that are its own."""
     values = ", ".join(f"{k}={v}" for k, v in vars(pattern).items())
     return f"{type(pattern).__name__}({values})" if values else type(pattern).__name__
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """A spinner on a terminal, a line elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        yield
 
 
 @contextlib.contextmanager

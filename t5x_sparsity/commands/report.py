@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 
@@ -10,7 +9,8 @@ from etils import epath
 
 from t5x_sparsity.cli.report import ReportOptions
 from t5x_sparsity.commands import CommandError
-from t5x_sparsity.commands.report_page import GENERATOR, make_page
+from t5x_sparsity.commands.output import check_page, write_page
+from t5x_sparsity.commands.report_page import make_page
 from t5x_sparsity.commands.report_run import ReportRun
 from t5x_sparsity.events import read_run
 
@@ -27,10 +27,12 @@ def run(options: ReportOptions) -> int:
             f"{len(folders)} runs are too many to tell apart on a page; give at most {MAX_RUNS}"
         )
     names = _names(options, folders)
-    try:
-        out = _out(options, folders)
-    except OSError as e:
-        raise CommandError(f"the page can't be written ({e}); name another by --out") from e
+    out = options.out
+    if out is None:
+        out = folders[0] / _PAGE if len(folders) == 1 else _PAGE
+        if len(folders) == 1 and not folders[0].is_dir():
+            raise CommandError(f"there is no {folders[0]}; give the folder of a run, its MODEL_DIR")
+    out = check_page(out, "--out", "report")
     runs = []
     for i, folder in enumerate(folders):
         try:
@@ -38,7 +40,7 @@ def run(options: ReportOptions) -> int:
         except (ValueError, OSError) as e:
             raise CommandError(str(e)) from e
         runs.append(ReportRun(name=names[i], index=i, run=found))
-    _write(out, make_page(runs))
+    write_page(out, make_page(runs), "--out")
     if options.json:
         result = {"page": str(out), "runs": [r.key_numbers() for r in runs]}
         print(json.dumps(result, indent=1, allow_nan=False))
@@ -67,35 +69,3 @@ def _names(options: ReportOptions, folders: Sequence[epath.Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def _out(options: ReportOptions, folders: Sequence[epath.Path]) -> epath.Path:
-    if options.out is not None:
-        out = epath.Path(options.out)
-    else:
-        out = folders[0] / _PAGE if len(folders) == 1 else epath.Path(_PAGE)
-    if out.is_dir():
-        raise CommandError(f"--out {out} is a folder; name a file, such as {out / _PAGE}")
-    if options.out is not None and not out.parent.is_dir():
-        raise CommandError(f"there is no folder {out.parent} to write {out.name} to; make it first")
-    if out.exists():
-        with out.open("rb") as f:
-            start = f.read(4096)
-        if GENERATOR.encode() not in start:
-            raise CommandError(
-                f"{out} is there and is no page of this command, so it isn't replaced; name "
-                "another by --out"
-            )
-    return out
-
-
-def _write(out: epath.Path, page: str) -> None:
-    """All of the page or nothing."""
-    draft = out.parent / f"{out.name}.tmp"
-    try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(out)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise CommandError(f"{out} can't be written ({e}); name another by --out") from e

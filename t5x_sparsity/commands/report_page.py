@@ -14,11 +14,11 @@ from plotly.offline import get_plotlyjs
 from t5x_sparsity import __version__
 from t5x_sparsity.commands import report_figures as figures
 from t5x_sparsity.commands import report_parts as parts
+from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.report_parts import chip, escape
 from t5x_sparsity.commands.report_run import ReportRun, smoothed, window
 
 # what tells a page of ours from any other file
-GENERATOR = '<meta name="generator" content="t5x-sparsity report">'
 
 # what the page may load: nothing that isn't in it
 _POLICY = (
@@ -47,7 +47,7 @@ def make_page(runs: Sequence[ReportRun]) -> str:
         (
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
-            GENERATOR,
+            generator("report"),
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',

@@ -1,0 +1,73 @@
+"""How commands write pages, and show that they are at work."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from etils import epath
+
+from t5x_sparsity.commands import CommandError
+
+
+def generator(command: str) -> str:
+    """The tag by which a page of a command is known as one."""
+    return f'<meta name="generator" content="t5x-sparsity {command}">'
+
+
+def check_page(path: str, flag: str, command: str) -> epath.Path:
+    """The path of a page that may be written: a new one, or an earlier page of the command.
+
+    Raises:
+      CommandError: it is a folder, has no folder, or is another file. It names `flag`.
+    """
+    out = epath.Path(path)
+    try:
+        if out.is_dir():
+            raise CommandError(f"{flag} {out} is a folder; name a file in it, such as page.html")
+        if not out.parent.is_dir():
+            raise CommandError(
+                f"there is no folder {out.parent} to write {out.name} to; make it first, or name "
+                f"another file by {flag}"
+            )
+        if not out.exists():
+            return out
+        with out.open("rb") as f:
+            start = f.read(4096)
+    except OSError as e:
+        raise CommandError(f"{out} can't be written ({e}); name another by {flag}") from e
+    if generator(command).encode() not in start:
+        raise CommandError(
+            f"{out} is there and is no page of this command, so it isn't replaced; name another "
+            f"by {flag}"
+        )
+    return out
+
+
+def write_page(out: epath.Path, page: str, flag: str) -> None:
+    """Writes all of the page or nothing."""
+    draft = out.parent / f"{out.name}.tmp"
+    try:
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(out)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise CommandError(f"{out} can't be written ({e}); name another by {flag}") from e
+        raise
+
+
+@contextlib.contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """Says on standard error what is being done: a spinner on a terminal, a line elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield

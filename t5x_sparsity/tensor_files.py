@@ -1,0 +1,168 @@
+"""Safetensors files, written and read one tensor at a time.
+
+The library's own writer takes all tensors at once, and its NumPy reader knows no float8; the format
+is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors). That
+a file is whole is checked by the library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+_NAMES = {
+    np.dtype(dtype): name
+    for dtype, name in (
+        (np.bool_, "BOOL"),
+        (np.uint8, "U8"),
+        (np.int8, "I8"),
+        (np.uint16, "U16"),
+        (np.int16, "I16"),
+        (np.uint32, "U32"),
+        (np.int32, "I32"),
+        (np.uint64, "U64"),
+        (np.int64, "I64"),
+        (np.float16, "F16"),
+        (ml_dtypes.bfloat16, "BF16"),
+        (np.float32, "F32"),
+        (np.float64, "F64"),
+        (ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+        (ml_dtypes.float8_e5m2, "F8_E5M2"),
+    )
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class _Entry(NamedTuple):
+    dtype: np.dtype
+    shape: Sequence[int]
+    start: int
+    end: int
+
+
+class Writer:
+    """Writes a file, which is there once it is complete; a context manager.
+
+    Tensors go to unnamed files in the folder of `path` first, one for each size of an item, since a
+    tensor must start at a multiple of its item's size and the file may have no gaps. So the disk
+    needs room for twice the file while it is written, and memory none.
+
+    Raises:
+      FileExistsError: the path is taken, and is not to be overwritten, or is a folder.
+      NotADirectoryError: its folder isn't there.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False):
+        self._path = Path(path)
+        if not self._path.parent.is_dir():
+            raise NotADirectoryError(f"there is no folder {self._path.parent}")
+        if self._path.is_dir() or (self._path.exists() and not overwrite):
+            raise FileExistsError(f"{self._path} exists already")
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._parts: dict[int, Any] = {}
+        self._entries: dict[str, _Entry] = {}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error) -> None:
+        for part in self._parts.values():
+            part.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def add(self, name: str, x: np.ndarray) -> None:
+        """Takes a tensor; it can be let go then.
+
+        Raises:
+          ValueError: its name is taken, or its dtype has none in the format.
+        """
+        if name in self._entries or name == "__metadata__":
+            raise ValueError(f"two tensors would be called {name!r}; rename one of the weights")
+        if x.dtype not in _NAMES:
+            raise ValueError(f"safetensors has no dtype for {name!r}, which is {x.dtype}")
+        part = self._parts.get(x.itemsize)
+        if part is None:
+            part = self._parts[x.itemsize] = tempfile.TemporaryFile(dir=self._path.parent)
+        start = part.tell()
+        part.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+        self._entries[name] = _Entry(x.dtype, x.shape, start, part.tell())
+
+    def finish(self, metadata: Mapping[str, str]) -> int:
+        """Makes the file of what was added; returns its size in bytes."""
+        starts, total = {}, 0
+        for itemsize in sorted(self._parts, reverse=True):
+            starts[itemsize] = total
+            total += self._parts[itemsize].tell()
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        for name, entry in self._entries.items():
+            offset = starts[entry.dtype.itemsize]
+            header[name] = {
+                "dtype": _NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [offset + entry.start, offset + entry.end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(self._temporary, "xb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for itemsize in starts:
+                self._parts[itemsize].seek(0)
+                shutil.copyfileobj(self._parts[itemsize], out, 1 << 20)
+            out.flush()
+            os.fsync(out.fileno())
+            size = out.tell()
+        os.replace(self._temporary, self._path)
+        return size
+
+
+class Reader:
+    """A file, of which tensors are read when they are asked for.
+
+    Attributes:
+      metadata: texts, empty where there are none.
+      names: of the tensors.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no safetensors file, or not a whole one.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise FileNotFoundError(f"there is no file {self._path}")
+        try:
+            with safe_open(self._path, framework="np"):
+                pass
+        except SafetensorError as e:
+            raise ValueError(f"{self._path} is no safetensors file, or not a whole one: {e}") from e
+        with open(self._path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+        self._data = 8 + length
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self._entries = header
+        self.names = list(header)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor.
+
+        Raises:
+          KeyError: there is none of that name.
+          ValueError: NumPy has no such dtype.
+        """
+        entry = self._entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{self._path}: NumPy has no dtype {entry['dtype']}, as {name!r} has")
+        start, end = entry["data_offsets"]
+        x = np.fromfile(self._path, np.uint8, count=end - start, offset=self._data + start)
+        return x.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
