@@ -168,11 +168,23 @@ def macros_of(method):
 def test_every_macro_of_a_file_reaches_the_config(configure, method):
     names = macros_of(method)
     assert names and set(names) <= set(MACROS)
-    configure(include(method), *(f"{name} = {SET[name][0]}" for name in names))
+    # the pattern by itself: others are of the file's own
+    for some in ([n for n in names if n != "SPARSITY_PATTERN"], ["SPARSITY_PATTERN"]):
+        configure(include(method), *(f"{name} = {SET[name][0]}" for name in some))
+        config = gin.get_configurable(ts.SparsityConfig)()
+        for name in some:
+            _, read, expected = SET[name]
+            assert read(config) == expected, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_the_place_of_the_one_included_before(configure, method):
+    trainer_cls, _ = configure(f"{RIGL}include 'sparsity/{method}.gin'\n")
+    assert trainer_cls.__wrapped__ is sparse_trainer
     config = gin.get_configurable(ts.SparsityConfig)()
-    for name in names:
-        _, read, expected = SET[name]
-        assert read(config) == expected, name
+    algorithm, _, pattern = DEFAULTS[method]
+    assert type(config.algorithm) is type(algorithm)
+    assert config.pattern == pattern
 
 
 def test_every_macro_that_the_checks_know_is_in_a_file():
@@ -229,7 +241,7 @@ train_script.train.train_state_initializer_cls = @host.utils.TrainStateInitializ
         (RIGL, "MASK_UPDATES_END = 0.9", "did you mean MASK_UPDATE_END"),
         (RIGL, "SPARSITY_PATERN = None", "did you mean SPARSITY_PATTERN"),
         (include("sr_ste"), "SPARSITY = 0.9", "SPARSITY is bound, but nothing reads it"),
-        (include("srigl"), "SPARSITY_PATTERN = None", "SPARSITY_PATTERN is bound, but nothing"),
+        (include("srigl"), "NM_N = 2", "NM_N is bound, but nothing"),
         (include("lamp"), "NORMALIZATION = None", "NORMALIZATION is bound, but nothing reads"),
         (include("sr_ste"), "PRUNED_WEIGHTS_DECAY = 1.0", "did you mean PRUNED_WEIGHT_DECAY"),
         ("include 'sparsity/static.gin'\n", "DROP_FRACTION = 0.9", "DROP_FRACTION is bound, but"),
