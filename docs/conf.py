@@ -29,7 +29,7 @@ copyright = "the t5x_sparsity authors"
 version = release = t5x_sparsity.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"t5x_sparsity {version}"
 html_copy_source = False

@@ -22,8 +22,10 @@ from t5x_sparsity.algorithms.straight_through import StraightThrough
 from t5x_sparsity.core import groups
 from t5x_sparsity.plan import LayerPlan, Plan
 from t5x_sparsity.products import Products
-from t5x_sparsity.schedules import UpdateSchedule, ValueSchedule, last_update
+from t5x_sparsity.schedules import Periodic, UpdateSchedule, ValueSchedule, last_update
 
+# A ramp of fewer updates than this is a jump or two.
+_FEW_UPDATES = 5
 # A run of more steps than this is judged by as many of them, evenly spaced.
 _SAMPLES = 512
 
@@ -104,25 +106,26 @@ class FlopsSoFar:
         forward = self._rest
         for i, (algorithm, part) in enumerate(self._groups):
             new = [t for t in range(self._step, step) if algorithm.updates.is_update(t)]
-            updates = self._updates[i] + new
+            updates = np.asarray(self._updates[i] + new, np.int64)
             is_update = np.zeros(step - self._step, bool)
-            is_update[np.asarray(new, int) - self._step] = True
+            is_update[np.asarray(new, np.int64) - self._step] = True
             # an update's step is counted apart: it may need gradients of all weights
             for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
                 chosen = _evenly(steps)
                 spent = [self._of_step(part, updates, int(t) + self._step) for t in chosen]
                 self._spent += sum(spent) * len(steps) / max(len(chosen), 1)
-            self._updates[i] = updates[-1:]
+            self._updates[i] = updates[-1:].tolist()
+            last = self._updates[i][0] if len(updates) else None
             for path, layer in part.items():
-                density = mask_density(layer, part, updates[-1] if updates else None)
+                density = mask_density(layer, part, last)
                 forward += self._sparse[path] * algorithm.densities(density, step)[0]
         self._step = step
         steps = step - self._first
         return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))
 
-    def _of_step(self, part: Plan, updates: list[int], step: int) -> float:
-        before = np.searchsorted(updates, step)
-        last = updates[before - 1] if before else None
+    def _of_step(self, part: Plan, updates: np.ndarray, step: int) -> float:
+        before = int(np.searchsorted(updates, step))
+        last = int(updates[before - 1]) if before else None
         total, memo = 0.0, {}
         for path, layer in part.items():
             key = layer.level, layer.pattern
@@ -152,6 +155,25 @@ def mask_density(layer: LayerPlan, part: Plan, updated: int | None) -> float:
       updated: None before the first update.
     """
     return float(_density(layer.algorithm, layer, part, updated))
+
+
+def ramp_warnings(plan: Plan) -> list[str]:
+    """What to say of methods whose level rises along a ramp, in so few updates that it jumps."""
+    found = []
+    for algorithm, part in groups(plan):
+        updates, layer = algorithm.updates, next(iter(part.values()))
+        if not isinstance(updates, Periodic) or isinstance(algorithm, algorithms.ACDC):
+            continue
+        if updates.end - updates.begin >= _FEW_UPDATES * updates.period:
+            continue
+        steps = [t for t in range(updates.begin, updates.end + 1) if updates.is_update(t)]
+        if 1 < len(steps) < _FEW_UPDATES and len({mask_density(layer, part, t) for t in steps}) > 1:
+            found.append(
+                f"the level of {type(algorithm).__name__} rises in {len(steps)} mask updates only, "
+                f"at steps {', '.join(map(str, steps))}; for a smooth ramp lower "
+                f"MASK_UPDATE_PERIOD, which is {updates.period}"
+            )
+    return found
 
 
 @functools.singledispatch

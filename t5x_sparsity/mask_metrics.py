@@ -8,7 +8,7 @@ host once a stats period.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -68,37 +68,42 @@ def mask_scalars(
     counts: np.ndarray,
     *,
     targets: Mapping[str, float],
-    updated: bool,
+    updated: Set[str],
     explored: bool = False,
 ) -> dict[str, float]:
     """The numbers of one stats period.
 
-    `sparsity/...` and `sparsity_target/...` are in [0, 1]. After an update, `mask_grown/...` and
-    `mask_dropped/...` count weights, and `mask_churn/...` is the share of the weights that are
-    kept now and weren't before, in [0, 1]. `mask_explored/...` is the share ever kept.
+    `sparsity/...` and `sparsity_target/...` are in [0, 1], and so is `mask_explored/...`, the share
+    ever kept. Of weights whose mask was updated, `mask_grown/...` and `mask_dropped/...` count
+    entries, and `mask_churn/...` is the share of those kept now that weren't before, in [0, 1];
+    their totals are over such weights.
 
     Args:
       plan: of the sparse weights.
       counts: what `mask_counts` returned.
       targets: what `scheduled_sparsities` returned.
-      updated: whether `counts` are of before and after a mask update.
+      updated: paths of the weights whose `counts` are of before and after a mask update.
       explored: whether they are of weights ever kept.
     """
-    columns = {p: counts[:, i] for i, p in enumerate(sorted(plan))}
-    sizes = {p: layer.size for p, layer in plan.items()}
-    if columns:
-        columns[TOTAL] = np.sum(list(columns.values()), axis=0, dtype=np.float64)
-        sizes[TOTAL] = sum(sizes.values())
+    columns = {p: counts[:, i].astype(np.float64) for i, p in enumerate(sorted(plan))}
     scalars = {f"sparsity_target/{p}": float(level) for p, level in targets.items()}
-    for path, (kept, grown, dropped, ever) in columns.items():
-        scalars[f"sparsity/{path}"] = float(1 - np.float64(kept) / sizes[path])
-        if updated:
-            scalars[f"mask_grown/{path}"] = float(grown)
-            scalars[f"mask_dropped/{path}"] = float(dropped)
-            scalars[f"mask_churn/{path}"] = float(grown / kept) if kept else 0.0
+    for name, paths in _rows(list(columns)):
+        kept, _, _, ever = sum(columns[p] for p in paths)
+        size = sum(plan[p].size for p in paths)
+        scalars[f"sparsity/{name}"] = float(1 - kept / size)
         if explored:
-            scalars[f"mask_explored/{path}"] = float(np.float64(ever) / sizes[path])
+            scalars[f"mask_explored/{name}"] = float(ever / size)
+    for name, paths in _rows(sorted(updated)):
+        kept, grown, dropped, _ = sum(columns[p] for p in paths)
+        scalars[f"mask_grown/{name}"] = float(grown)
+        scalars[f"mask_dropped/{name}"] = float(dropped)
+        scalars[f"mask_churn/{name}"] = float(grown / kept) if kept else 0.0
     return scalars
+
+
+def _rows(paths: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """Each weight by itself, and all together."""
+    return [*((p, [p]) for p in paths), (TOTAL, paths)] if paths else []
 
 
 def flops_scalars(flops: RunFlops) -> dict[str, float]:

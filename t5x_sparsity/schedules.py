@@ -202,7 +202,16 @@ class Listed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Never:
-    """Masks stay as they start."""
+    """Masks stay as they start.
+
+    Attributes:
+      start_step: the step at which the run starts, as for `Periodic`.
+    """
+
+    start_step: int = 0
+
+    def __post_init__(self):
+        _check_start_step(self.start_step)
 
     @property
     def last(self) -> None:

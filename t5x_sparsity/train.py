@@ -43,11 +43,15 @@ def _host_argument(argv: Sequence[str]) -> str | None:
 if __name__ == "__main__" and _host_argument(sys.argv):
     os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
 
-import gin
-import jax
-import seqio
+from t5x_sparsity.cli import quiet
+from t5x_sparsity.gin_values import check_bindings
 
-from t5x_sparsity import host
+with quiet():
+    import gin
+    import jax
+    import seqio
+
+    from t5x_sparsity import host
 
 # gin files bind it as `__main__.train`
 train = host.train_lib.train
@@ -125,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
         # T5X's gin files are found relative to its package's parent
         search.append(os.path.dirname(os.path.dirname(host.train_lib.__file__)))
     try:
+        check_bindings(values.gin_bindings)
         host.gin_utils.parse_gin_flags(search, values.gin_file, values.gin_bindings)
     except (OSError, SyntaxError, ValueError) as e:
         _stop(e)

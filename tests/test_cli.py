@@ -1,7 +1,9 @@
 """The command line itself; what the subcommands do is tested with the hosts."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +23,12 @@ def run(capsys, *arguments):
         (["plam"], "t5x-sparsity: error: argument COMMAND: invalid choice: 'plam'"),
         (["plan"], "t5x-sparsity plan: error: the following arguments are required: --gin_file"),
         (["plan", "--gin_file=a", "--topologi=v5e:4x4"],
-         "t5x-sparsity: error: unrecognized arguments: --topologi=v5e:4x4"),
+         "t5x-sparsity plan: error: unrecognized arguments: --topologi=v5e:4x4"),
         (["plan", "--gin_file=a", "--gin.SPARSITY"],
-         "t5x-sparsity: error: unrecognized arguments: --gin.SPARSITY"),
+         "t5x-sparsity plan: error: unrecognized arguments: --gin.SPARSITY; see t5x-sparsity plan"),
         (["plan", "--gin_file=a", "--host=laptop"],
          "t5x-sparsity plan: error: argument --host: invalid choice: 'laptop'"),
+        (["inspect"], "t5x-sparsity inspect: error: the following arguments are required"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_one_line(capsys, arguments, says):
@@ -52,3 +55,54 @@ def test_help_imports_no_host():
         "sys.exit(any(m in sys.modules for m in ('tensorflow', 'seqio', 't5x', 'flax')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def shell(line, **variables):
+    """Runs a line in which `$X` is the command, buffered as it is for users."""
+    x = f"{sys.executable} -m t5x_sparsity.cli"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        env={**env, "X": x, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples/synthetic_scaling_table.csv"
+FIT = f"$X fit-scaling {EXAMPLE} --bootstrap=0 --starts=2"
+
+
+@pytest.mark.parametrize(
+    "line, code, says",
+    [
+        (f"{FIT} | true", 0, ""),
+        (f"{FIT} --json > /dev/full", 2, "No space left on device"),
+        (f"{FIT} 2>&- >/dev/null", 0, ""),
+    ],
+)
+def test_output_that_nobody_takes_is_no_traceback(line, code, says):
+    found, _, err = shell(line)
+    assert found == code and says in err
+    assert "Traceback" not in err and "Exception ignored" not in err
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
+    table = tmp_path / "na\u540d.csv"
+    table.write_text(EXAMPLE.read_text())
+    line = f"$X fit-scaling {table} --bootstrap=0 --starts=2"
+    code, out, err = shell(line, PYTHONIOENCODING="ascii")
+    assert code == 0 and "na\\u540d.csv" in out and "Traceback" not in err
+
+
+def test_public_names_are_there_and_others_are_not():
+    import t5x_sparsity
+
+    for name in t5x_sparsity.__all__:
+        assert getattr(t5x_sparsity, name) is not None
+    assert set(t5x_sparsity.__all__) <= set(dir(t5x_sparsity))
+    assert callable(t5x_sparsity.sparsify) and callable(t5x_sparsity.load_export)
+    with pytest.raises(AttributeError, match="has no attribute 'RigLL'"):
+        getattr(t5x_sparsity, "RigLL")  # noqa: B009

@@ -155,3 +155,26 @@ def test_a_long_run_is_judged_by_samples():
 def test_nothing_sparse_is_dense():
     found = flops.run_flops({}, Products({"w": 10.0}, 2.0), 7)
     assert found == flops.RunFlops(12, 12, 252, 252)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "steps"),
+    [
+        (ts.Magnitude(updates=ts.Periodic(begin=50, end=150, period=100)), "50, 150"),
+        (ts.GraNet(updates=ts.Periodic(begin=0, end=100, period=40)), "0, 40, 80, 100"),
+        (ts.Magnitude(updates=ts.Periodic(begin=50, end=150, period=25)), None),
+        (ts.Magnitude(updates=ts.OneShot(step=50)), None),
+        (ts.Magnitude(updates=ts.Periodic(begin=50, end=50, period=25)), None),
+        (ts.RigL(updates=ts.Periodic(begin=50, end=150, period=100)), None),
+        (ts.ACDC(updates=ts.Periodic(begin=50, end=150, period=50)), None),
+        (ts.Static(), None),
+    ],
+)
+def test_a_ramp_of_few_updates_is_warned_of(algorithm, steps):
+    shapes = {"w": jax.ShapeDtypeStruct((40, 50), jnp.float32)}
+    found = flops.ramp_warnings(make_plan(shapes, sparsity=0.8, algorithm=algorithm))
+    if steps is None:
+        assert not found
+    else:
+        (warning,) = found
+        assert f"at steps {steps}; for a smooth ramp lower MASK_UPDATE_PERIOD" in warning

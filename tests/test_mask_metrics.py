@@ -49,7 +49,7 @@ def test_counts_and_shares_are_numpys(seeds, before, after):
     ever = {p: old[p] | new[p] for p in plan}
     counts = quick_jit(mask_counts)(packed(plan, new), packed(plan, old), packed(plan, ever))
     assert counts.shape == (4, 3) and counts.dtype == jnp.float32
-    found = mask_scalars(plan, np.asarray(counts), targets={}, updated=True, explored=True)
+    found = mask_scalars(plan, np.asarray(counts), targets={}, updated=set(plan), explored=True)
     for path in [*plan, "total"]:
         some = [path] if path in plan else list(plan)
 
@@ -70,11 +70,25 @@ def test_names_say_what_happened():
     own = packed(plan, random_masks(plan, 0, 0.5))
     counts = np.asarray(mask_counts(own, own, {}))
     assert (counts[1:] == 0).all()
-    names = mask_scalars(plan, counts, targets={"total": 0.5}, updated=False)
+    names = mask_scalars(plan, counts, targets={"total": 0.5}, updated=set())
     assert {n.split("/")[0] for n in names} == {"sparsity", "sparsity_target"}
     assert names["sparsity_target/total"] == 0.5
     assert len([n for n in names if n.startswith("sparsity/")]) == 4
-    assert mask_scalars({}, np.zeros((4, 0)), targets={}, updated=False) == {}
+    assert mask_scalars({}, np.zeros((4, 0)), targets={}, updated=set()) == {}
+
+
+def test_churn_is_of_the_weights_that_were_updated():
+    plan = plan_of()
+    old, new = random_masks(plan, 0, 0.5), random_masks(plan, 1, 0.5)
+    counts = np.asarray(mask_counts(packed(plan, new), packed(plan, old), {}))
+    names = mask_scalars(plan, counts, targets={}, updated={"a/kernel", "c/kernel"})
+    churned = {n.split("/", 1)[1] for n in names if n.startswith("mask_churn/")}
+    assert churned == {"a/kernel", "c/kernel", "total"}
+    both = [(old[p], new[p]) for p in ("a/kernel", "c/kernel")]
+    grown = sum(int((b & ~a).sum()) for a, b in both)
+    assert names["mask_grown/total"] == grown
+    assert names["mask_dropped/total"] == sum(int((a & ~b).sum()) for a, b in both)
+    assert names["mask_churn/total"] == pytest.approx(grown / sum(b.sum() for _, b in both))
 
 
 def test_targets_follow_the_schedule():

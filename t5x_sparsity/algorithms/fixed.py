@@ -13,9 +13,13 @@ from t5x_sparsity.schedules import Never
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static(Algorithm):
-    """A mask at the target level, kept throughout: random, or of the largest trained weights."""
+    """A mask at the target level, kept throughout: random, or of the largest trained weights.
 
-    updates = Never()
+    Attributes:
+      updates: never; it says where the run starts.
+    """
+
+    updates: Never = Never()
     masks_gradients = True
 
     def initial_masks(

@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _DESCRIPTION = "Plans sparse runs of T5X, looks into them, and takes their weights away."
@@ -25,15 +25,18 @@ class Parser(argparse.ArgumentParser):
     """Its errors are one line."""
 
     def error(self, message: str):
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit code: 2 for what can't be done as asked."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parsers()
     try:
-        values = _parser().parse_args(_with_bindings(arguments))
+        values, unknown = parser.parse_known_args(_with_bindings(arguments))
+        if unknown:
+            commands[values.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as e:
         return int(e.code or 0)
     return values.run(values)
@@ -48,30 +51,47 @@ def run(name: str, options: Any) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from t5x_sparsity.commands import CommandError, one_line
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # a name that a terminal can't show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
-        with _quiet():
+        with quiet():
             command = importlib.import_module(f"t5x_sparsity.commands.{name}")
-        return command.run(options)
-    except (CommandError, ImportError) as e:
+        code = command.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # whoever read the output, such as `head`, has seen enough
+        _drop_output()
+        return 0
+    except (CommandError, ImportError, OSError) as e:
         print(f"t5x-sparsity {name.replace('_', '-')}: error: {one_line(e)}", file=sys.stderr)
+        _drop_output()
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # whoever read the output, such as `head`, has seen enough; nothing more can be written
+
+
+def _drop_output() -> None:
+    """Lets go of output that can't be written; Python would try, and complain, as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """That of the command, and those of its subcommands by name."""
     parser = Parser(
         prog="t5x-sparsity", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name in _COMMANDS:
         importlib.import_module(f"{__name__}.{name}").add(commands)
-    return parser
+    return parser, commands.choices
 
 
 def _version() -> str:
@@ -92,8 +112,11 @@ def _with_bindings(arguments: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences what libraries of C++ say of themselves as they are imported."""
+    if sys.stderr is None:
+        yield
+        return
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

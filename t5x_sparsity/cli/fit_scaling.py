@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from t5x_sparsity import cli
 
 COSTS = ("gradual", "dense", "sparse")
+# Weights, tokens and losses of no run are beyond; their tenth powers, which the law may take, are
+# float64s still.
+LEAST, MOST = 1e-30, 1e30
 
 _DESCRIPTION = """\
 Fits the sparse scaling law of Frantar et al. (2023, arXiv:2309.08520),
@@ -87,7 +90,7 @@ def add(commands) -> None:
         "--compute",
         nargs="+",
         default=(),
-        type=_number("above 0", lambda x: x > 0),
+        type=_number("from 1e-60 to 1e+60", lambda x: LEAST**2 <= x <= MOST**2),
         metavar="FLOPS",
         help="training FLOPs to find the best sparsity for; without it three, from the least to "
         "the most that a run of the table took",
@@ -96,7 +99,7 @@ def add(commands) -> None:
         "--size",
         nargs="+",
         default=(),
-        type=_number("above 0", lambda x: x > 0),
+        type=_number("from 1e-30 to 1e+30", lambda x: LEAST <= x <= MOST),
         metavar="WEIGHTS",
         help="non-zero weights to find it for, beside the best size for the compute; without it "
         "the middle size of the table",
@@ -140,7 +143,7 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "--delta",
-        type=_number("above 0", lambda x: x > 0),
+        type=_number("from 1e-12 to 1e+12", lambda x: 1e-12 <= x <= 1e12),
         default=1e-3,
         help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
         "the paper's for language models",

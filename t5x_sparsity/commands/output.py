@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -33,6 +34,8 @@ def check_page(path: str, flag: str, command: str) -> epath.Path:
             )
         if not out.exists():
             return out
+        if not out.is_file():
+            raise CommandError(f"{flag} {out} is no ordinary file; name another")
         with out.open("rb") as f:
             start = f.read(4096)
     except OSError as e:
@@ -47,9 +50,11 @@ def check_page(path: str, flag: str, command: str) -> epath.Path:
 
 def write_page(out: epath.Path, page: str, flag: str) -> None:
     """Writes all of the page or nothing."""
-    draft = out.parent / f"{out.name}.tmp"
+    # of this process alone, and nobody's own file
+    draft = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        draft.write_text(page, encoding="utf-8")
+        # what was read may hold half a character, which UTF-8 has no bytes for
+        draft.write_text(page.encode(errors="replace").decode(), encoding="utf-8")
         draft.replace(out)
     except BaseException as e:
         with contextlib.suppress(OSError):

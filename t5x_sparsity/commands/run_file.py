@@ -20,6 +20,7 @@ import numpy as np
 from t5x_sparsity import host
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.core import flatten
+from t5x_sparsity.gin_values import check_bindings
 from t5x_sparsity.plugin import SparseTrainStateInitializer
 
 # Stand-ins: a plan needs no folder, and what makes a task may read data.
@@ -123,6 +124,7 @@ def load(
                 lambda statement, error: missing.append(statement.module),
             ),
         ):
+            check_bindings(bindings)
             _parse(train, files, bindings, search_paths)
         with _as_command_errors():
             gin.get_configurable(train)()

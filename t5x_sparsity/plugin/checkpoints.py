@@ -291,10 +291,10 @@ def _check_record(path: epath.Path, plan: Plan) -> None:
     changed = _changes(before, plan, ("sparsity", "kept", "pattern", "algorithm"))
     if changed:
         raise ValueError(
-            f"{path.parent} holds a run with other rules of sparsity: {_few(changed)}. Resume with "
-            "the configuration that made it; to go on from its weights and masks with another, "
-            "train in another MODEL_DIR with utils.RestoreCheckpointConfig.path set to its "
-            "checkpoint"
+            f"{path.parent} holds a run with other rules of sparsity: {_few(changed, 2)}. To start "
+            "afresh, set another MODEL_DIR; to resume, take the configuration that made it; to go "
+            "on from its weights and masks with another, train in another MODEL_DIR with "
+            "utils.RestoreCheckpointConfig.path set to its checkpoint"
         )
 
 

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host, mask_metrics
-from t5x_sparsity.core import EXPLORED, SparsityState, schedules
+from t5x_sparsity.core import EXPLORED, SparsityState, groups, schedules
 from t5x_sparsity.flops import FlopsSoFar
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.products import loss_products
@@ -26,8 +26,9 @@ _PICTURE_TIMES = (0.25, 0.5, 0.75, 1.0)
 class RunMetrics:
     """Watches the masks of a run, and writes their metrics once a stats period.
 
-    The train steps are not touched: the masks before the last update of a period are copied, a bit
-    a weight, and counted with those at its end. A thread of its own waits for the devices.
+    The train steps are not touched: the masks before the last update of a period, or the last of
+    each algorithm's, are copied, a bit a weight, and counted with those at its end. A thread of its
+    own waits for the devices.
     """
 
     def __init__(self, plan: Plan, axes: SparsityState, partitioner: Any, manager: Any):
@@ -59,8 +60,8 @@ class RunMetrics:
         self._count = compiled(mask_metrics.mask_counts, masks, masks, explored, out=everywhere)
         self._draw = compiled(draw, masks, out=everywhere)
         self._flops: FlopsSoFar | None = None
-        self._before: Mapping[str, jax.Array] | None = None
-        self._watched: int | None = None
+        self._before: dict[str, jax.Array] = {}
+        self._watched: dict[int, list[str]] = {}
         self._pictures = -1
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsity")
         self._pending: list[concurrent.futures.Future] = []
@@ -74,34 +75,38 @@ class RunMetrics:
             why = f"{type(e).__name__}: {e}"
             logging.warning("FLOPs are not reported, the model's loss can't be traced: %s", why)
             return
-        starts = [getattr(s, "start_step", 0) for s in self._schedules]
-        self._flops = FlopsSoFar(self._plan, products, min(starts, default=0))
+        # all that have one count from where the run began
+        starts = [getattr(a.updates, "start_step", 0) for a, _ in groups(self._plan)]
+        self._flops = FlopsSoFar(self._plan, products, max(starts, default=0))
 
     def start_period(self, first: int, steps: int) -> None:
         """Before the steps of a stats period."""
-        lasts = [last_update(s, first + steps, since=first) for s in self._schedules]
-        self._watched = max((t for t in lasts if t is not None), default=None)
-        self._before = None
+        self._watched, self._before = {}, {}
+        for algorithm, part in groups(self._plan):
+            last = last_update(algorithm.updates, first + steps, since=first)
+            if last is not None:
+                self._watched.setdefault(last, []).extend(part)
 
     def before_step(self, step: int, state: SparsityState) -> None:
         """Before each train step, whose state may be given away to it."""
-        if step == self._watched and state.masks:
-            self._before = self._copy(state.masks)
+        if step in self._watched:
+            copied = self._copy(state.masks)
+            self._before |= {p: copied[p] for p in self._watched[step]}
 
     def end_period(self, step: int, state: SparsityState) -> concurrent.futures.Future:
         """Writes the metrics of a period; the future's result maps names to clu.values.Value."""
         scalars: dict[str, float] = {}
         if self._flops is not None:
             scalars |= mask_metrics.flops_scalars(self._flops.advance(step))
-        counts, pictures, updated = None, None, self._before is not None
+        counts, pictures, updated = None, None, frozenset(self._before)
         if state.masks:
             targets = mask_metrics.scheduled_sparsities(self._plan, step)
-            before = self._before if updated else state.masks
+            before = {**state.masks, **self._before}
             explored = state.slots.get(EXPLORED, {})
             counts = host.utils.get_local_data(self._count(state.masks, before, explored))
             if self._pictures_are_due(step):
                 pictures = jax.tree.map(host.utils.get_local_data, self._draw(state.masks))
-        self._before = None
+        self._before = {}
 
         def write():
             if counts is not None:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host, metrics
 from t5x_sparsity.core import flatten, schedules
+from t5x_sparsity.flops import ramp_warnings
 from t5x_sparsity.plan import Plan
 from t5x_sparsity.plugin.checkpoints import RECORD, check_start_step, write_record
 from t5x_sparsity.plugin.optimizer import SparseOptimizer, StepKind, with_optimizer
@@ -114,6 +115,7 @@ class SparseTrainer:
         self._host_step: int | None = None
         self._last_eval: dict[str, float] = {}
         self._trained = False
+        self._model_dir = kwargs.get("summary_dir")
         if train_state is not None:
             shapes = flatten(train_state.params)
             self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
@@ -240,7 +242,7 @@ class SparseTrainer:
                 # all processes count: a mask may lie on the devices of several
                 rows = self.layer_summaries()
                 if jax.process_index() == 0:
-                    _log_report(rows, self._last_eval, self.reference_losses)
+                    _log_report(rows, self._last_eval, self.reference_losses, self._model_dir)
         finally:
             super().close()
 
@@ -260,14 +262,20 @@ def _log_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]], model_dir: str)
         model_dir,
         RECORD,
     )
+    for warning in ramp_warnings(plan):
+        logging.warning("%s", warning)
 
 
-def _log_report(rows, losses: Mapping[str, float], references: Mapping[str, float]) -> None:
+def _log_report(
+    rows, losses: Mapping[str, float], references: Mapping[str, float], model_dir: str | None
+) -> None:
     lines = ["Sparsity at the end of the run:", *metrics.summary_table(rows).splitlines()]
     for name, loss in losses.items():
         lines.append(f"Validation loss of {name}: {loss:.4f} nats a token")
     for name, loss in references.items():
         lines.append(f"Reference, {name}: {loss:.4f} nats a token")
+    if model_dir:
+        lines.append(f"The run is in {model_dir}; see it by: t5x-sparsity report {model_dir}")
     logging.info("%s", "\n".join(lines))
 
 

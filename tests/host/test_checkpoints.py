@@ -230,7 +230,7 @@ def test_a_dense_initial_checkpoint_needs_the_include(tmp_path, dense):
 def test_other_rules_are_refused_in_the_same_model_dir(sparse, config, says):
     message = refused(sparse[0], config)
     assert "other rules of sparsity" in message and re.search(says, message), message
-    assert "Resume with the configuration that made it" in message
+    assert "the configuration that made it" in message and "another MODEL_DIR" in message
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ def test_a_run_trains_reports_and_resumes_exactly(tmp_path):
     file = write_run(tmp_path)
     whole = run(file, tmp_path / "whole", MASKS, steps=8)
     assert whole.returncode == 0, whole.stdout[-3000:]
+    assert "see it by: t5x-sparsity report" in whole.stdout
     first = next(line for line in whole.stdout.splitlines() if "Host: " in line)
     assert ("T5X at" if host.NAME == "t5x" else "embedded host") in first
     table = whole.stdout[whole.stdout.index("Sparsity at the end of the run") :]

@@ -52,6 +52,49 @@ def test_the_numbers_of_a_period_are_those_of_its_masks(tmp_path):
     trainer.close()
 
 
+def test_weights_with_schedules_of_their_own_are_counted_at_their_own_updates():
+    algorithm = ts.RigL(updates=ts.Periodic(begin=1, end=9, period=2))
+    own = ts.SET(updates=ts.Periodic(begin=0, end=12, period=4))
+    config = ts.SparsityConfig(
+        algorithm=algorithm, sparsity=0.5, rules=[ts.Rule(path="mlp/", algorithm=own)]
+    )
+    trainer = rig.trainer(config)
+    slow = rig.trainer(config)  # the same steps, one at a time
+    masks_at = [unpacked(slow)]
+    for step in range(10):
+        rig.run(slow, 1, step)
+        masks_at.append(unpacked(slow))
+    slow.close()
+    # RigL updates at odd steps, SET at 0 and 4; of both in a period, each has its own last update
+    for start, steps, rigl_at, set_at in ((0, 4, 3, 0), (4, 3, 5, 4), (7, 1, 7, None)):
+        found = {n: v.value for n, v in rig.run(trainer, steps, start).items() if "mask_" in n}
+        total = []
+        for path in masks_at[0]:
+            at = set_at if "mlp/" in path else rigl_at
+            assert (f"mask_churn/{path}" in found) == (at is not None), path
+            if at is not None:
+                before, after = masks_at[at][path], masks_at[at + 1][path]
+                assert found[f"mask_grown/{path}"] == (after & ~before).sum() > 0
+                assert found[f"mask_dropped/{path}"] == (before & ~after).sum()
+                total.append((after & ~before).sum())
+        assert found.get("mask_grown/total") == (sum(total) if total else None)
+    trainer.close()
+
+
+def test_a_run_from_a_dense_checkpoint_counts_from_its_own_first_step(tmp_path):
+    whole_runs.train(tmp_path / "dense", None, 4)
+    updates = ts.Periodic(begin=4, end=8, period=2, start_step=4)
+    for algorithm in (ts.Static(updates=ts.Never(start_step=4)), ts.RigL(updates=updates)):
+        config = ts.SparsityConfig(algorithm=algorithm, sparsity=0.75)
+        folder = tmp_path / type(algorithm).__name__
+        restore = whole_runs.restore_dense(tmp_path / "dense/checkpoint_4")
+        whole_runs.train(folder, config, 6, restore=restore)
+        dense = events(folder).Tensors("flops/training_dense")[-1]
+        forward = events(folder).Tensors("flops/inference_dense")[-1]
+        ratio = make_ndarray(dense.tensor_proto) / make_ndarray(forward.tensor_proto)
+        assert ratio == pytest.approx(3 * 2)  # two steps, not six
+
+
 def test_flops_are_reported_of_a_compiled_run(tmp_path):
     trainer = rig.trainer(rig.rigl(), summary_dir=str(tmp_path))
     trainer.compile_train(rig.batch())

@@ -7,6 +7,8 @@ import pytest
 import rig
 from runs import environment
 
+from t5x_sparsity.gin_values import check_bindings
+
 
 def train(*arguments, cwd=rig.ROOT):
     return subprocess.run(
@@ -38,6 +40,11 @@ EXAMPLE = "--gin_file=examples/rigl_stdlib.gin"
         ([], "no run is given; add --gin_file=FILE, such as --gin_file=examples/rigl_stdlib.gin"),
         (["--gin_file=nope.gin"], "Unable to open file: nope.gin"),
         ([EXAMPLE, "--gin.SPARSTY=0.9"], "SPARSTY is bound, but nothing reads it; did you mean"),
+        (
+            [EXAMPLE, "--gin.MODEL_DIR=/tmp/x"],
+            "MODEL_DIR = /tmp/x has no value that gin can read; a text needs quotes of its own, as "
+            "in --gin.MODEL_DIR=\"'text'\"",
+        ),
         ([EXAMPLE, "sparsity/set.gin"], "unexpected arguments: sparsity/set.gin; --help lists"),
     ],
 )
@@ -49,3 +56,10 @@ def test_a_command_that_cannot_be_read_is_one_line(tmp_path, arguments, says):
     assert last.startswith(f"t5x_sparsity.train: error: {says}")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "binding", ["A = 1", "a.B = 'x = y'", "A = @f()", "A = [%B, (1, 2.5), {'k': None}]", "A = @s/f"]
+)
+def test_what_gin_can_read_passes(binding):
+    check_bindings([binding])
