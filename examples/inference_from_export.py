@@ -121,9 +121,12 @@ def main(argv=None):
         headers = ("tokens", "sparsity", "dense, ms", "BCOO, ms", "SciPy CSR, ms")
         print(tabulate(products(), headers=headers, disable_numparse=True, stralign="right"))
         return
-    dense, bcoo, dense_ms, bcoo_ms = compare(
-        values.export, values.batch, values.length, values.activations
-    )
+    try:
+        dense, bcoo, dense_ms, bcoo_ms = compare(
+            values.export, values.batch, values.length, values.activations
+        )
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
     same = np.mean(dense.argmax(-1) == bcoo.argmax(-1))
     print(f"logits: {'x'.join(map(str, dense.shape))}, magnitude up to {np.abs(dense).max():.4g}")
     print(f"largest difference: {np.abs(dense - bcoo).max():.2g}; same best byte: {same:.2%}")

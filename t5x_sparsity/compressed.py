@@ -1,7 +1,7 @@
 """Exact compression of sparse weights by the pattern of their zeros.
 
 Values are moved as bits and never computed with, so that NaN, infinities, -0 and every dtype come
-back as they were; whatever isn't stored is +0.
+back as they were; whatever isn't stored comes back as +0.
 """
 
 from __future__ import annotations
@@ -34,15 +34,9 @@ _FOUND_BLOCKS = (64, 32, 16, 8, 4, 2)
 def encode(x: np.ndarray, kept: np.ndarray, encoding: Encoding) -> Arrays:
     """The arrays of a weight; 'values' have its dtype.
 
-    kept: bool, in x's shape; where x is stored. It must be all that isn't +0.
+    kept: bool, in x's shape; where x is stored. It must be all that isn't 0.
     """
-    if isinstance(encoding, Dense):
-        return {VALUES: x}
-    index = encoding.index(kept)
-    positions = encoding.positions(x.shape, index)
-    values = np.ascontiguousarray(x).reshape(-1)[np.maximum(positions, 0)]
-    values[positions < 0] = 0
-    return {VALUES: values, **index}
+    return {VALUES: encoding.values(x, kept), **encoding.index(kept)}
 
 
 def decode(arrays: Mapping[str, np.ndarray], encoding: Encoding, shape: Sequence[int]):
@@ -82,12 +76,9 @@ def stored(
 
 
 def stored_bytes(x: np.ndarray, kept: np.ndarray, encoding: Encoding) -> int:
-    """Bytes of all arrays of a weight, without encoding its values."""
-    if isinstance(encoding, Dense):
-        return x.nbytes
-    index = encoding.index(kept)
-    values = math.prod(encoding.values_shape(x.shape, index))
-    return values * x.dtype.itemsize + sum(a.nbytes for a in index.values())
+    """Bytes of all arrays of a weight, without encoding it."""
+    values, index_bytes = encoding.size(kept)
+    return values * x.dtype.itemsize + index_bytes
 
 
 def bound_bytes(encoding: Encoding, shape: Sequence[int], kept: int, itemsize: int) -> int:

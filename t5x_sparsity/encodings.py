@@ -31,8 +31,11 @@ class Encoding(Protocol):
     def index(self, kept: np.ndarray) -> Arrays:
         """The arrays that place the values."""
 
-    def values_shape(self, shape: Sequence[int], index: Mapping[str, np.ndarray]) -> tuple:
-        """The shape of the values."""
+    def values(self, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """What is stored of a weight, in its dtype."""
+
+    def size(self, kept: np.ndarray) -> tuple[int, int]:
+        """(values, bytes of the arrays that place them), of positions that it fits."""
 
     def positions(self, shape: Sequence[int], index: Mapping[str, np.ndarray]) -> np.ndarray:
         """int64, in the values' shape: each one's position in the flat weight, -1 for padding."""
@@ -53,8 +56,11 @@ class Dense:
     def index(self, kept):
         return {}
 
-    def values_shape(self, shape, index):
-        return tuple(shape)
+    def values(self, x, kept):
+        return x
+
+    def size(self, kept):
+        return kept.size, 0
 
     def positions(self, shape, index):
         return np.arange(math.prod(shape)).reshape(shape)
@@ -79,14 +85,18 @@ class CSR:
     def index(self, kept):
         rows = kept.reshape(-1, kept.shape[-1])
         indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(rows, axis=1))])
-        columns = np.flatnonzero(rows) % rows.shape[1]
         return {
-            "indices": columns.astype(_unsigned(rows.shape[1] - 1)),
+            "indices": _last_places(rows),
             "indptr": indptr.astype(_unsigned(int(indptr[-1]))),
         }
 
-    def values_shape(self, shape, index):
-        return index["indices"].shape
+    def values(self, x, kept):
+        return x[kept]
+
+    def size(self, kept):
+        count, columns = int(np.count_nonzero(kept)), kept.shape[-1]
+        indices = count * _unsigned(columns - 1).itemsize
+        return count, indices + (kept.size // columns + 1) * _unsigned(count).itemsize
 
     def positions(self, shape, index):
         columns = index["indices"].astype(np.int64)
@@ -118,8 +128,11 @@ class Bitmask:
     def index(self, kept):
         return {"mask": np.packbits(kept.reshape(-1), bitorder="little")}
 
-    def values_shape(self, shape, index):
-        return (int(np.bitwise_count(index["mask"]).sum(dtype=np.int64)),)
+    def values(self, x, kept):
+        return x[kept]
+
+    def size(self, kept):
+        return int(np.count_nonzero(kept)), -(-kept.size // 8)
 
     def positions(self, shape, index):
         size = math.prod(shape)
@@ -163,7 +176,8 @@ class NM:
         counts = group_counts(kept, self.axis, self.m)
         return bool((counts == self.n).all() if exactly else (counts <= self.n).all())
 
-    def index(self, kept):
+    def _groups(self, kept: np.ndarray) -> np.ndarray:
+        """What is stored: [the other axes, groups, m]."""
         moved = np.ascontiguousarray(np.moveaxis(kept, self.axis, -1))
         groups = moved.reshape(*moved.shape[:-1], -1, self.m)
         missing = self.n - group_counts(moved, -1, self.m)
@@ -173,12 +187,18 @@ class NM:
                 added = (missing > 0) & ~groups[..., j]
                 groups[..., j] |= added
                 missing = missing - added
-        places = (np.flatnonzero(groups) % self.m).astype(np.uint32)
-        return {"indices": _pack_bits(places, self.bits)}
+        return groups
 
-    def values_shape(self, shape, index):
-        others = [n for a, n in enumerate(shape) if a != self.axis]
-        return (*others, shape[self.axis] // self.m * self.n)
+    def index(self, kept):
+        return {"indices": _pack_bits(_last_places(self._groups(kept)), self.bits)}
+
+    def values(self, x, kept):
+        groups, moved = self._groups(kept), np.moveaxis(x, self.axis, -1)
+        return moved[groups.reshape(moved.shape)].reshape(*moved.shape[:-1], -1)
+
+    def size(self, kept):
+        count = kept.size // self.m * self.n
+        return count, -(-count * self.bits // 8)
 
     def positions(self, shape, index):
         check(
@@ -192,7 +212,8 @@ class NM:
         places = places + (np.arange(groups) * self.m)[:, None]
         others = [a for a in range(len(shape)) if a != self.axis]
         start = _grid([np.arange(shape[a]) * strides[a] for a in others]).reshape(-1, 1, 1)
-        return (start + places * strides[self.axis]).reshape(self.values_shape(shape, index))
+        found = start + places * strides[self.axis]
+        return found.reshape(*(shape[a] for a in others), groups * self.n)
 
     def pattern_bits(self, shape, kept):
         return math.prod(shape) // self.m * math.log2(math.comb(self.m, self.n))
@@ -221,28 +242,36 @@ class Blocks:
         """The grid of blocks."""
         return tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
 
-    def _split(self, kept: np.ndarray, fill: bool) -> np.ndarray:
-        """The weights of every block: [grid, weights of a block]."""
-        grid = self._blocks(kept.shape)
-        ends = [g * b - n for g, b, n in zip(grid, self.block, kept.shape, strict=True)]
+    def _split(self, x: np.ndarray, fill: bool) -> np.ndarray:
+        """The weights of every block: [*grid, *block]."""
+        grid = self._blocks(x.shape)
+        ends = [g * b - n for g, b, n in zip(grid, self.block, x.shape, strict=True)]
         if any(ends):
-            kept = np.pad(kept, [(0, n) for n in ends], constant_values=fill)
-        split = kept.reshape([n for pair in zip(grid, self.block, strict=True) for n in pair])
-        axes = (*range(0, split.ndim, 2), *range(1, split.ndim, 2))
-        return split.transpose(axes).reshape(math.prod(grid), -1)
+            x = np.pad(x, [(0, n) for n in ends], constant_values=fill)
+        split = x.reshape([n for pair in zip(grid, self.block, strict=True) for n in pair])
+        return split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2))
+
+    def _stored(self, kept: np.ndarray) -> np.ndarray:
+        """[*grid], whether any of a block is kept."""
+        return self._split(kept, False).any(axis=tuple(range(kept.ndim, 2 * kept.ndim)))
 
     def fits(self, kept, *, exactly=True):
         if len(self.block) != kept.ndim or not kept.size:
             return False
-        stored = self._split(kept, False).any(axis=1)
-        return bool((stored == self._split(kept, True).all(axis=1)).all())
+        whole = self._split(kept, True).all(axis=tuple(range(kept.ndim, 2 * kept.ndim)))
+        return bool((self._stored(kept) == whole).all())
 
     def index(self, kept):
-        stored = np.flatnonzero(self._split(kept, False).any(axis=1))
-        return {"indices": stored.astype(_unsigned(math.prod(self._blocks(kept.shape)) - 1))}
+        stored = self._stored(kept)
+        return {"indices": np.flatnonzero(stored).astype(_unsigned(stored.size - 1))}
 
-    def values_shape(self, shape, index):
-        return (*index["indices"].shape, *self.block)
+    def values(self, x, kept):
+        return self._split(x, False)[self._stored(kept)]
+
+    def size(self, kept):
+        stored = self._stored(kept)
+        count = int(np.count_nonzero(stored))
+        return count * math.prod(self.block), count * _unsigned(stored.size - 1).itemsize
 
     def positions(self, shape, index):
         check(len(self.block) == len(shape), "its blocks contradict its shape")
@@ -281,10 +310,10 @@ def from_dict(name: str, fields: Mapping[str, Any]) -> Encoding:
 
 
 def group_counts(kept: np.ndarray, axis: int, m: int) -> np.ndarray:
-    """How many are kept in every run of m along an axis, int32; that axis is 1/m as long."""
+    """How many are kept in every run of m along an axis, unsigned; that axis is 1/m as long."""
     axis %= kept.ndim
     split = kept.reshape(*kept.shape[:axis], kept.shape[axis] // m, m, *kept.shape[axis + 1 :])
-    counts = np.zeros((*split.shape[: axis + 1], *split.shape[axis + 2 :]), np.int32)
+    counts = np.zeros((*split.shape[: axis + 1], *split.shape[axis + 2 :]), _unsigned(m))
     for j in range(m):  # much faster than to reduce a short axis
         counts += split[(slice(None),) * (axis + 1) + (j,)]
     return counts
@@ -301,6 +330,12 @@ def _unsigned(largest: int) -> np.dtype:
     return np.min_scalar_type(max(largest, 0))
 
 
+def _last_places(kept: np.ndarray) -> np.ndarray:
+    """Where along the last axis each one kept is, in C order and the smallest unsigned type."""
+    n = kept.shape[-1]
+    return np.broadcast_to(np.arange(n, dtype=_unsigned(n - 1)), kept.shape)[kept]
+
+
 def _strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[a + 1 :]) for a in range(len(shape))]
 
@@ -314,8 +349,12 @@ def _grid(steps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
-    split = numbers.reshape(-1, 1) >> np.arange(bits, dtype=numbers.dtype) & 1
-    return np.packbits(split.astype(np.uint8).reshape(-1), bitorder="little")
+    shifts, many = np.arange(bits, dtype=numbers.dtype), 1 << 20
+    packed = []
+    for start in range(0, max(numbers.size, 1), many):  # eight of them end at a whole byte
+        split = numbers[start : start + many, None] >> shifts & 1
+        packed.append(np.packbits(split.astype(np.uint8).reshape(-1), bitorder="little"))
+    return np.concatenate(packed)
 
 
 def _unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +21,12 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
+from t5x_sparsity.saved_record import parse_record
+
 MASKS = "masks/"
 FAN_IN = "mask_fan_in/"
 
-_EVENTS = "*events.out.tfevents.*"
+_EVENTS = "events.out.tfevents."
 _FLOAT = 1  # DT_FLOAT, in which scalars are written
 _PNG = b"\x89PNG\r\n"
 
@@ -122,6 +124,11 @@ def read_run(folder: str) -> Run:
     Raises:
       ValueError: there is no such folder, or it holds no events of a run; says which.
     """
+    whole = os.path.abspath(folder)
+    try:
+        whole.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{whole!a} is not UTF-8, as text on a page has to be; rename it") from e
     root = epath.Path(folder)
     if not root.exists():
         raise ValueError(f"there is no {folder}; give the folder of a run, its MODEL_DIR")
@@ -132,11 +139,13 @@ def read_run(folder: str) -> Run:
     tasks = root / "training_eval"
     evals = {
         task.name: _series(_read_events(task, remarks))
-        for task in sorted(tasks.iterdir() if tasks.is_dir() else ())
+        for task in _entries(tasks, remarks)
         if task.is_dir()
     }
     evals = {task: series for task, series in evals.items() if series}
     if not any(train.values()) and not evals:
+        if remarks:
+            raise ValueError(f"{root} has no events that can be read: {remarks[0]}")
         raise ValueError(_no_events(root))
     config = _text(root / "config.gin")
     return Run(
@@ -156,7 +165,7 @@ def read_run(folder: str) -> Run:
 def _no_events(root: epath.Path) -> str:
     if re.fullmatch(r"checkpoint_\d+", root.name):
         return f"{root} is a checkpoint; give the folder that it is in"
-    if root.name in ("train", "training_eval") or list(root.glob(_EVENTS)):
+    if root.name in ("train", "training_eval") or any(_EVENTS in p.name for p in root.iterdir()):
         return f"{root} is part of a run's folder; give the folder that it is in"
     if (root / "config.gin").exists() or (root / "train").is_dir():
         return (
@@ -172,20 +181,36 @@ def _no_events(root: epath.Path) -> str:
 _Found = dict[str, dict[int, Any]]
 
 
+def _entries(folder: epath.Path, remarks: list[str]) -> list[epath.Path]:
+    """What is in a folder; nothing where there is none, or where it can't be read."""
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as e:
+        remarks.append(f"{folder.name}/ can't be read ({e.strerror or e}), and is left out.")
+        return []
+
+
 def _read_events(folder: epath.Path, remarks: list[str]) -> _Found:
     files = []
-    for path in folder.glob(_EVENTS) if folder.is_dir() else ():
-        events, is_whole = _events(path.read_bytes())
+    for path in _entries(folder, remarks):
+        if _EVENTS not in path.name:
+            continue
+        name = f"{folder.name}/{path.name}"
+        try:
+            events, is_whole = _events(path.read_bytes())
+        except OSError as e:
+            remarks.append(f"{name} can't be read ({e.strerror or e}), and is left out.")
+            continue
         if not is_whole:
             remarks.append(
-                f"{folder.name}/{path.name} ends in the middle of an event: the run was stopped "
-                "there, or is still going; all before it is here."
+                f"{name} ends in the middle of an event: the run was stopped there, or is still "
+                "going; all before it is here."
             )
         if events:
-            files.append((events[0].wall_time, path.name, events))
+            files.append((events[0].wall_time, name, events))
     found: _Found = {}
-    for _, _, events in sorted(files, key=lambda f: f[:2]):
-        for tag, values in _values(events).items():
+    for _, name, events in sorted(files, key=lambda f: f[:2]):
+        for tag, values in _values(events, name, remarks).items():
             first = min(values)
             kept = {s: v for s, v in found.get(tag, {}).items() if s < first}
             found[tag] = kept | values
@@ -213,13 +238,21 @@ def _events(data: bytes) -> tuple[list[event_pb2.Event], bool]:
     return events, True
 
 
-def _values(events: Sequence[event_pb2.Event]) -> _Found:
+def _values(events: Sequence[event_pb2.Event], file: str, remarks: list[str]) -> _Found:
     found: _Found = {}
+    damaged: dict[str, int] = {}
     for event in events:
         for value in event.summary.value:
-            read = _value(value, event.step)
+            try:
+                read = _value(value, event.step)
+            except Exception:  # what tensorboard raises on any bytes
+                damaged[value.tag] = damaged.get(value.tag, 0) + 1
+                continue
             if read is not None:
                 found.setdefault(value.tag, {})[event.step] = read
+    for tag, n in damaged.items():
+        values = "a value" if n == 1 else f"{n:,} values"
+        remarks.append(f"{file} has {values} of {tag} that can't be read; all others are here.")
     return found
 
 
@@ -284,13 +317,10 @@ def _text(path: epath.Path) -> str | None:
 
 
 def _read_record(path: epath.Path, remarks: list[str]) -> dict[str, dict[str, Any]]:
-    text = _text(path)
-    if text is None:
-        return {}
     try:
-        return {p: dict(values) for p, values in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        remarks.append(f"{path.name} can't be read, and is left out.")
+        return parse_record(path.read_bytes()) if path.is_file() else {}
+    except ValueError as e:
+        remarks.append(f"{path.name} can't be read ({e}), and is left out.")
         return {}
 
 

@@ -48,7 +48,7 @@ class ExportedWeight:
       path: of the weight.
       shape: of the weight.
       dtype: in the file.
-      kept: positions that the mask keeps. Without a mask, those that aren't +0 if they are at most
+      kept: positions that the mask keeps. Without a mask, those that aren't 0 if they are at most
         half of a matrix, else all: such a weight is dense.
       encoding: how it is stored.
       has_mask: whether the positions kept can be read back as the run's mask.
@@ -213,7 +213,7 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
 def _exported(
     checkpoint: Checkpoint, path: str, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
-    recorded = checkpoint.record.get(path, {})
+    recorded = checkpoint.record_of(path)
     pattern, stack_axes = recorded.get("pattern", ""), tuple(checkpoint.stack_axes(path))
     kept, has_mask, note = _kept(checkpoint, path, x)
     encoding: Encoding = Dense()
@@ -230,6 +230,10 @@ def _exported(
     is_dense = isinstance(encoding, Dense)
     if is_dense and format == "compressed" and count < x.size:
         note = note or "stays dense, as no encoding is smaller; its mask isn't exported"
+    signed = 0 if is_dense else int(np.count_nonzero((_bits(x) != 0) & ~kept))
+    if signed:
+        lost = f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
+        note = f"{note}; {lost}" if note else lost
     arrays = compressed.encode(x, kept, encoding)
     weight = ExportedWeight(
         path=path,
@@ -251,7 +255,8 @@ def _exported(
 
 def _kept(checkpoint: Checkpoint, path: str, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
     """(bool array of what is stored, whether it is the mask, a note)."""
-    nonzero = _bits(x) != 0
+    # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
+    nonzero = x != 0
     if path in checkpoint.masks:
         mask = checkpoint.read_mask(path)
         outside = int(np.count_nonzero(nonzero & ~mask))
@@ -265,7 +270,7 @@ def _kept(checkpoint: Checkpoint, path: str, x: np.ndarray) -> tuple[np.ndarray,
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    """x as unsigned integers, so that -0 and NaN are told from 0."""
+    """x as unsigned integers, so that -0 is told from +0."""
     return np.ascontiguousarray(x).reshape(x.shape).view(f"u{x.itemsize}")
 
 
@@ -274,12 +279,13 @@ def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = Fa
 
     Args:
       path: of the file.
-      as_: 'arrays': NumPy arrays, in bits what was exported, ready for `model.apply({'params':
-        ...})`. 'bcoo': a `jax.experimental.sparse.BCOO` of the weight's shape for each sparse
-        weight, a NumPy array for each other. Of a compressed file, that is each weight that isn't
-        stored dense, and what a mask keeps is stored even where it is 0. JAX makes 64-bit values
-        32-bit ones, unless told otherwise. 'masks': bool arrays, True where a weight is kept, of
-        the weights whose mask is in the file: those of a compressed one.
+      as_: 'arrays': NumPy arrays, in bits what was exported, but that pruned zeros of a compressed
+        weight have no sign, ready for `model.apply({'params': ...})`. 'bcoo': a
+        `jax.experimental.sparse.BCOO` of the weight's shape for each sparse weight, a NumPy array
+        for each other. Of a compressed file, that is each weight that isn't stored dense, and what
+        a mask keeps is stored even where it is 0. JAX makes 64-bit values 32-bit ones, unless told
+        otherwise. 'masks': bool arrays, True where a weight is kept, of the weights whose mask is
+        in the file: those of a compressed one.
       flat: return weights by path rather than nested by its parts.
 
     Raises:
@@ -305,7 +311,8 @@ def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = Fa
             + (
                 "export with --format compressed to keep them"
                 if form == "dense"
-                else "it comes from a checkpoint without masks"
+                else "none of the weights in it had one to keep; export sparse weights of a "
+                "checkpoint with masks"
             )
         )
     return loaded if flat else _nested(loaded)
@@ -353,7 +360,7 @@ def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form
         if form == "compressed" or fields["kept"] == math.prod(shape):
             return x
         flat = x.reshape(-1)
-        positions = np.flatnonzero(_bits(flat))
+        positions = np.flatnonzero(flat)
         return _bcoo(positions, flat[positions], shape)
     positions, values = compressed.stored(arrays, encoding, shape)
     if as_ == "masks":

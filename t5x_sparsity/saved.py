@@ -6,9 +6,11 @@ and T5X's own older one (`checkpoint_<step>/checkpoint`, msgpack, beside a folde
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +29,11 @@ from t5x_sparsity.saved_arrays import (
     short,
     whole_index,
 )
+from t5x_sparsity.saved_record import parse_record
 
 _NAME = re.compile(r"checkpoint_(\d+)")
 # what Orbax and T5X call a save that is under way, or was killed
-_TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp|\.tmp-|\.tmp$")
+_TEMPORARY = re.compile(r"checkpoint_(\d+)\.(orbax-checkpoint-tmp|tmp-|tmp$)")
 _MASKS, _WEIGHTS, _SPARSITY = "state/sparsity/masks/", "target/", "state/sparsity/"
 _NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "str")
 
@@ -44,8 +47,9 @@ class Checkpoint:
       step: of training.
       layout: 'orbax' or 't5x' (T5X's own older one).
       leaves: all arrays by name, such as 'target/decoder/...' or 'state/sparsity/masks/...'.
-      record: what sparsity.json beside it says, by path of the weight; {} if there is none.
-      config_gin: path of the run's config.gin, None if there is none.
+      record: what sparsity.json beside it says, by path of the weight; {} if there is none. Of a
+        link to a checkpoint, what isn't beside the link is looked for beside the checkpoint.
+      config_gin: path of the run's config.gin, None if there is none; likewise.
       passed_over: names of newer folders in MODEL_DIR that hold no complete checkpoint.
     """
 
@@ -123,6 +127,11 @@ class Checkpoint:
         at = list(whole_index(index, shape))
         if axis is None:
             return stored.read(at) != 0
+        if stored.dtype != np.uint8:
+            raise CheckpointError(
+                f"{self.path}: the mask of {path} is damaged: it is packed, but of "
+                f"{stored.dtype.name}, not uint8"
+            )
         wanted = at[axis]
         first, last = wanted.start // 8, -(-wanted.stop // 8)
         at[axis] = slice(first, last)
@@ -143,8 +152,15 @@ def open_checkpoint(path: str) -> Checkpoint:
       CheckpointError: there is no such checkpoint, or it is damaged, incomplete, or of another
         kind.
     """
+    path = _absolute(path)
     try:
-        return _open(epath.Path(_absolute(path)))
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise CheckpointError(
+            f"{path!a} can't be read: it is not UTF-8, as tensorstore needs paths to be; rename it"
+        ) from e
+    try:
+        return _open(epath.Path(path))
     except OSError as e:
         raise CheckpointError(f"{path} can't be read ({type(e).__name__}: {short(e)})") from e
 
@@ -152,7 +168,7 @@ def open_checkpoint(path: str) -> Checkpoint:
 def _open(folder: epath.Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(_no_folder(folder))
-    if _TEMPORARY.search(folder.name):
+    if _TEMPORARY.match(folder.name):
         raise CheckpointError(
             f"{folder} is half-written: its name is that of a save that was under way or was "
             "killed; give a folder checkpoint_<step>"
@@ -180,20 +196,27 @@ def _open(folder: epath.Path) -> Checkpoint:
     ]
     if alone:
         raise damaged(folder, f"it holds {alone[0]}, but no weight of that name")
-    config = folder.parent / "config.gin"
+    record, config = _beside(folder, "sparsity.json"), _beside(folder, "config.gin")
     return Checkpoint(
         path=str(folder),
         step=_step(folder, leaves),
         layout=layout,
         leaves=leaves,
-        record=_record(folder.parent / "sparsity.json"),
-        config_gin=str(config) if config.exists() else None,
+        record={} if record is None else _record(record),
+        config_gin=None if config is None else str(config),
         passed_over=passed_over,
     )
 
 
 def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _beside(folder: epath.Path, name: str) -> epath.Path | None:
+    """A file in the run's folder: beside the checkpoint, or beside what that is a link to."""
+    real = folder if "://" in str(folder) else epath.Path(os.path.realpath(folder))
+    places = (place.parent / name for place in (folder, real))
+    return next((place for place in places if place.exists()), None)
 
 
 def _no_folder(path: epath.Path) -> str:
@@ -224,8 +247,9 @@ def _layout(folder: epath.Path) -> str | None:
 
 def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]]:
     """The last complete checkpoint, and the names of incomplete ones after it."""
-    names = [p.name for p in model_dir.iterdir() if p.name.startswith("checkpoint_")]
-    steps = {n: int(m[1]) for n in names if (m := _NAME.match(n))}
+    names = [p.name for p in model_dir.iterdir()]
+    # other names, such as checkpoint_200_good, are no run's
+    steps = {n: int(m[1]) for n in names if (m := _NAME.fullmatch(n) or _TEMPORARY.match(n))}
     complete = [n for n in steps if _NAME.fullmatch(n) and _layout(model_dir / n)]
     if complete:
         last = max(complete, key=steps.__getitem__)
@@ -239,9 +263,13 @@ def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]
         )
     if _is_tensorflow(model_dir):
         raise CheckpointError(_tensorflow(model_dir))
+    hint, run = "give one of these", model_dir.resolve().parent
+    with contextlib.suppress(OSError):
+        if any(_NAME.fullmatch(p.name) for p in run.iterdir()):
+            hint = f"{run} has some"
     raise CheckpointError(
         f"{model_dir} holds no checkpoint: neither is it one, nor has it a folder "
-        "checkpoint_<step>; give one of these"
+        f"checkpoint_<step>; {hint}"
     )
 
 
@@ -309,18 +337,23 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _step(folder: epath.Path, leaves: Mapping[str, SavedArray]) -> int:
     leaf, match = leaves.get("state/step"), _NAME.fullmatch(folder.name)
     if leaf is not None:
-        return int(leaf.read())
+        if leaf.shape or leaf.dtype.kind not in "iuf":
+            raise damaged(
+                folder, f"state/step is {leaf.dtype.name} of shape {leaf.shape}, not a number"
+            )
+        step = leaf.read().item()
+        if not (math.isfinite(step) and step == int(step) >= 0):
+            raise damaged(folder, f"state/step is {step}, which is no step")
+        return int(step)
     if match is None:
         raise CheckpointError(f"{folder} doesn't say its step; name it checkpoint_<step>")
     return int(match[1])
 
 
 def _record(path: epath.Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
     try:
-        return {p: dict(values) for p, values in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as e:
+        return parse_record(path.read_bytes())
+    except ValueError as e:
         raise CheckpointError(
-            f"{path} is damaged ({type(e).__name__}: {short(e)}); move it away to go on without it"
+            f"{path} is damaged ({short(e)}); move it away to go on without it"
         ) from e

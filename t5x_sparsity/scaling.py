@@ -205,12 +205,13 @@ def fit(
 
     Raises:
       NotIdentifiable: see `check`.
-      RuntimeError: no start converged.
+      RuntimeError: no start converged to coefficients that float64 holds.
     """
     check(table)
     random, scaled = np.random.default_rng(seed), _Scaled(table)
     begin = [scaled.vector(law) for law in first] + [scaled.draw(random) for _ in range(starts)]
     ends = [x for x in (scaled.minimize(x, delta) for x in begin) if x is not None]
+    ends = [x for x in ends if np.isfinite(list(vars(scaled.law(x)).values())).all()]
     if not ends:
         raise RuntimeError(f"none of {len(begin)} starts converged")
     values = np.array([huber(scaled.residuals(x), delta).mean() for x in ends])
@@ -329,15 +330,17 @@ class _Scaled:
     def law(self, x: np.ndarray) -> Law:
         a, k, e, c = np.where(x[:4] < _NOTHING, 0, x[:4]) * math.exp(self.l0)
         b_s, b_n, b_d = np.exp(x[4:])
-        to_n = math.exp(self.n0 * b_n)
-        a_d = math.exp(self.d0 + math.log(e) / b_d) if e else 0.0
-        found = (a * to_n, b_s, k * to_n, b_n, a_d, b_d, c)
+        with np.errstate(over="ignore"):  # of losses or weights that no run has
+            to_n = np.exp(self.n0 * b_n)
+            a_d = np.exp(self.d0 + math.log(e) / b_d) if e else 0.0
+            found = (a * to_n, b_s, k * to_n, b_n, a_d, b_d, c)
         return Law(**dict(zip(COEFFICIENTS, map(float, found), strict=True)))
 
     def vector(self, law: Law) -> np.ndarray:
-        to_n = math.exp(-self.n0 * law.b_n)
-        e = math.exp((math.log(law.a_d) - self.d0) * law.b_d) if law.a_d else 0.0
-        linear = np.array([law.a_s * to_n, law.c_s * to_n, e, law.c]) / math.exp(self.l0)
+        with np.errstate(over="ignore", invalid="ignore"):  # likewise; no start then
+            to_n = np.exp(-self.n0 * law.b_n)
+            e = np.exp((math.log(law.a_d) - self.d0) * law.b_d) if law.a_d else 0.0
+            linear = np.array([law.a_s * to_n, law.c_s * to_n, e, law.c]) / math.exp(self.l0)
         return np.concatenate([linear, np.log([law.b_s, law.b_n, law.b_d])])
 
 

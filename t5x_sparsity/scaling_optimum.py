@@ -86,6 +86,7 @@ def optimum(
 
     Raises:
       ValueError: the law says more weights, or more tokens, for nothing at all.
+      OverflowError: its loss at this compute and size is beyond float64.
     """
     if not law.a_d or not law.a_s + law.c_s:
         raise ValueError("the law has no optimum: its loss doesn't depend on data, or on weights")
@@ -138,7 +139,8 @@ def optimal_sparsity_at_dense_cost(law: Law, compute: float, nonzero: float) -> 
 def _best_size(law: Law, compute: float, u: float, cost: str) -> float:
     """N at which A N^-b_N + B N^b_D, the loss at this sparsity and compute, is lowest."""
     a = law.a_s * math.exp(law.b_s * u) + law.c_s
-    per_weight = training_flops(-math.expm1(u), 1.0, law.a_d, cost) / compute
-    log_ratio = math.log(law.b_n * a / law.b_d) - law.b_d * math.log(per_weight)
+    log_per_weight = math.log(training_flops(-math.expm1(u), 1.0, 1.0, cost))
+    log_per_weight += math.log(law.a_d) - math.log(compute)
+    log_ratio = math.log(law.b_n * a / law.b_d) - law.b_d * log_per_weight
     log_n = log_ratio / (law.b_n + law.b_d)
     return math.exp(min(max(log_n, 0.0), math.log(MAX_SIZE)))

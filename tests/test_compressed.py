@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_sparsity import compressed, patterns
+from t5x_sparsity import compressed, encodings, patterns
 from t5x_sparsity.compressed import VALUES, choose, decode, encode, find, from_pattern, stored_bytes
 from t5x_sparsity.encodings import CSR, NM, Bitmask, Blocks, Dense, from_dict
 from t5x_sparsity.tensor_files import Reader, Writer
@@ -94,7 +95,7 @@ def blocked(draw):
 
 def round_trip(x, kept, encoding):
     arrays = encode(x, kept, encoding)
-    assert arrays[VALUES].dtype == x.dtype
+    assert arrays[VALUES].dtype == x.dtype and arrays[VALUES].flags.c_contiguous
     assert_same_bits(decode(arrays, encoding, x.shape), x)
     assert sum(a.nbytes for a in arrays.values()) == stored_bytes(x, kept, encoding)
     if not isinstance(encoding, Dense):
@@ -201,6 +202,13 @@ def test_indices_of_three_bits_run_on_over_bytes():
     index = NM(n=1, m=8, axis=1).index(kept)
     # 101, 011, 111 from the lowest bit on
     assert index["indices"].tolist() == [0b11_011_101, 0b1]
+
+
+def test_indices_of_more_than_a_part_are_packed_as_one():
+    numbers = np.random.default_rng(0).integers(0, 8, (1 << 20) + 5, dtype=np.uint8)
+    packed = encodings._pack_bits(numbers, 3)
+    assert packed.size == -(-numbers.size * 3 // 8)
+    np.testing.assert_array_equal(encodings._unpack_bits(packed, numbers.size, 3), numbers)
 
 
 def test_a_group_with_less_than_n_is_filled_up_where_that_is_allowed():
@@ -370,6 +378,29 @@ def test_what_is_not_smaller_stays_dense_or_takes_a_bit_mask():
     assert encoding(1.0) == Dense()
     assert encoding(0.45, smallest=True) == Bitmask()
     assert encoding(0.05, smallest=True) == CSR()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "exactly", "density"),
+    [("", True, 0.2), ("", False, 0.2), ("", True, 0.49), ("NByM(n=2, m=4, axis=-2)", True, 0.5)],
+)
+def test_what_it_takes_to_choose_and_encode(pattern, exactly, density):
+    """Memory beside the weight and its mask, in the weight's size: no candidate is built."""
+    rng = np.random.default_rng(0)
+    kept = rng.random((1024, 1024), dtype=np.float32) < density
+    if pattern:
+        kept = group_mask(rng, kept.shape, 2, 4, 0)
+    x = np.where(kept, np.float32(1), np.float32(0))
+    tracemalloc.start()
+    try:
+        encoding = choose(x, kept, exactly=exactly, pattern=pattern)
+        chosen = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        encode(x, kept, encoding)
+        encoded = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert chosen < 0.5 * x.nbytes and encoded < 1.25 * x.nbytes
 
 
 def test_bounds_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -135,6 +136,103 @@ def test_the_model_is_as_large_as_either_host_says(tmp_path, words):
     event_file(tmp_path / "train", "1.a", 100, (10, "x", 1.0))
     (tmp_path / "model-info.txt").write_text(f"{words}\n\n")
     assert events.read_run(str(tmp_path)).weights == 123
+
+
+def test_a_record_that_is_no_runs_is_remarked_on(tmp_path):
+    event_file(tmp_path / "train", "1.a", 100, (10, "x", 1.0))
+    for record, why in (({"a": {"shape": "ab"}}, 'shape of a is "ab"'), ([], "it is []")):
+        (tmp_path / "sparsity.json").write_text(json.dumps(record))
+        run = events.read_run(str(tmp_path))
+        (remark,) = run.remarks
+        assert run.record == {} and remark.startswith(f"sparsity.json can't be read ({why}, not ")
+
+
+def damaged_tensor(value):
+    value.tensor.dtype = 1
+    value.tensor.tensor_shape.dim.add(size=3)
+    value.tensor.tensor_content = b"abc"
+
+
+def unknown_type(value):
+    value.tensor.dtype = 99
+
+
+def no_size(value):
+    value.tag = "masks/a"
+    value.tensor.dtype = 7
+    value.tensor.string_val.extend([b"x", b"y", b"\x89PNG\r\n"])
+
+
+@pytest.mark.parametrize("spoil", [damaged_tensor, unknown_type, no_size])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_value_that_can_not_be_read_is_remarked_on(tmp_path, spoil, times):
+    path = event_file(tmp_path / "train", "1.a", 100, (10, "x", 1.0), (20, "x", 2.0))
+    event = event_pb2.Event(wall_time=100, step=20)
+    for _ in range(times):
+        spoil(event.summary.value.add(tag="bad"))
+    body = event.SerializeToString()
+    length = struct.pack("<Q", len(body))
+    record = length + struct.pack("<I", masked_crc32c(length)) + body + bytes(4)
+    rest = path.read_bytes()
+    path.write_bytes(record + rest)
+    run = events.read_run(str(tmp_path))
+    assert points(run.train["x"]) == [(10, 1), (20, 2)] and run.train.keys() == {"x"}
+    assert run.remarks == (
+        f"train/{path.name} has {'a value' if times == 1 else '2 values'} of "
+        f"{event.summary.value[0].tag} that can't be read; all others are here.",
+    )
+
+
+def refuse(monkeypatch, method, name):
+    """Lets no path of that name be read, as of another user's."""
+    kind = type(events.epath.Path())
+    honest = getattr(kind, method)
+
+    def read(path):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path)
+
+    monkeypatch.setattr(kind, method, read)
+
+
+@pytest.mark.parametrize(
+    "method, name, says",
+    [
+        ("iterdir", "train", "train/ can't be read (Permission denied), and is left out."),
+        ("iterdir", "training_eval", "training_eval/ can't be read (Permission denied), and is"),
+        ("iterdir", "task", "task/ can't be read (Permission denied), and is left out."),
+        ("read_bytes", "events.out.tfevents.1.a", "train/events.out.tfevents.1.a can't be read"),
+    ],
+)
+def test_what_may_not_be_read_is_remarked_on(tmp_path, monkeypatch, method, name, says):
+    event_file(tmp_path / "train", "1.a", 100, (10, "x", 1.0))
+    event_file(tmp_path / "training_eval/task", "2.a", 100, (10, "y", 1.0))
+    refuse(monkeypatch, method, name)
+    run = events.read_run(str(tmp_path))
+    (remark,) = run.remarks
+    assert remark.startswith(says)
+    assert bool(run.train) != bool(run.evals)
+
+
+def test_nothing_that_may_be_read_is_an_error(tmp_path, monkeypatch):
+    event_file(tmp_path / "train", "1.a", 100, (10, "x", 1.0))
+    refuse(monkeypatch, "iterdir", "train")
+    with pytest.raises(ValueError) as e:
+        events.read_run(str(tmp_path))
+    assert str(e.value) == (
+        f"{tmp_path} has no events that can be read: train/ can't be read (Permission denied), "
+        "and is left out."
+    )
+
+
+def test_a_path_is_utf8(tmp_path, monkeypatch):
+    folder = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    os.mkdir(folder)
+    monkeypatch.chdir(folder)
+    for path in (folder, "."):
+        with pytest.raises(ValueError, match=r"\\udcff' is not UTF-8, as text on a page has to be"):
+            events.read_run(path)
 
 
 def no_folder(tmp_path):

@@ -262,6 +262,10 @@ ROW = "0.5,1e6,1e9,3.0"
         (f"{HEADER}\n0.5,0,1e9,3\n", "column nonzero_weights: 0 isn't above 0"),
         (f"{HEADER}\n0.5,1e6,-1,3\n", "column tokens: -1 isn't above 0"),
         (f"{HEADER}\n0.5,1e6,1e9,0\n", "column loss: 0 isn't above 0"),
+        (f"{HEADER}\n0.5,1e6,1e300,3\n",
+         "line 2, column tokens: 1e300 is outside 1e-30 to 1e+30"),
+        (f"{HEADER}\n0.5,1e-31,1e9,3\n", "column nonzero_weights: 1e-31 is outside 1e-30 to 1e"),
+        (f"{HEADER}\n0.5,1e6,1e9,1e31\n", "column loss: 1e31 is outside 1e-30 to 1e+30"),
         (f'{HEADER}\n0.5,"1e6,1e9,3\n', "line 2: not comma-separated values:"),
         (text(values=rows()[:7]), "has 7 rows for 7 coefficients; at least 8"),
         (text(values=rows()[:18]), "column sparsity: too few different values, 0, 0.5; at least 3"),
@@ -290,16 +294,18 @@ def test_a_wrong_table_is_one_line(capsys, tmp_path, content, says):
         ([], "error: the following arguments are required: TABLE"),
         (["nowhere.csv"], "error: no such file: nowhere.csv"),
         (["."], "error: . is a folder; give a file of comma-separated values"),
-        (["t", "--compute", "0"], "argument --compute: must be a number above 0, got '0'"),
-        (["t", "--compute", "much"], "argument --compute: must be a number above 0, got 'much'"),
-        (["t", "--size=inf"], "argument --size: must be a number above 0, got 'inf'"),
+        (["t", "--compute", "0"], "--compute: must be a number from 1e-60 to 1e+60, got '0'"),
+        (["t", "--compute", "much"], "must be a number from 1e-60 to 1e+60, got 'much'"),
+        (["t", "--compute=1e308"], "--compute: must be a number from 1e-60 to 1e+60, got '1e308'"),
+        (["t", "--size=inf"], "argument --size: must be a number from 1e-30 to 1e+30, got 'inf'"),
+        (["t", "--size=1e308"], "--size: must be a number from 1e-30 to 1e+30, got '1e308'"),
         (["t", "--cost=free"], "argument --cost: invalid choice: 'free'"),
         (["t", "--level=1"], "argument --level: must be a number between 0 and 1, got '1'"),
         (["t", "--bootstrap=5"],
          "argument --bootstrap: must be a whole number, 0 or at least 20, got '5'"),
         (["t", "--starts=0"], "argument --starts: must be a whole number, at least 1, got '0'"),
         (["t", "--seed=x"], "argument --seed: must be a whole number, at least 0, got 'x'"),
-        (["t", "--delta=0"], "argument --delta: must be a number above 0, got '0'"),
+        (["t", "--delta=0"], "--delta: must be a number from 1e-12 to 1e+12, got '0'"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_line(capsys, arguments, says):
@@ -363,6 +369,76 @@ def test_warnings(capsys, tmp_path, table, monkeypatch):
     assert "The objective is flat: coefficients 50% apart" in out
     assert "hardly tells coefficients apart (condition number 1e+06)" in out
     assert "5 resampled tables have no fit" in out
+
+
+def written(path, law):
+    path.write_text(text(values=rows(law)))
+    return path
+
+
+def strict(out):
+    def refuse(name):
+        raise ValueError(name)
+
+    return json.loads(out, parse_constant=refuse)
+
+
+def test_a_loss_beyond_any_number_is_one_line(capsys, tmp_path):
+    steep = scaling.dataclasses.replace(LAW, b_d=5.0)
+    path = written(tmp_path / "runs.csv", steep)
+    ask = ("--compute=1e-60", "--size=1e30")
+    code, out, err = run(capsys, path, *FAST, *ask)
+    nearer = "; give --compute and --size nearer to the table's runs\n"
+    assert code == 2 and out == ""
+    assert err.endswith(f"{path}: the law has no finite loss for 1e-60 FLOPs{nearer}")
+    code, out, err = run(capsys, path, *FAST, "--compute=1e-30", "--size=1e30")
+    assert code == 2 and err.endswith(f" for 1e-30 FLOPs and 1e+30 weights{nearer}")
+    # the same with a law that has one
+    code, out, _ = run(capsys, written(path, LAW), *FAST, *ask, "--json")
+    assert code == 0 and strict(out)["optima"][1]["nonzero"] == 1e30
+    code, out, _ = run(capsys, path, *FAST, "--compute=1e60", "--size=1e-30", "--json")
+    assert code == 0 and strict(out)["optima"][1]["nonzero"] == 1e-30
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_tables_at_the_ends_of_what_is_allowed(capsys, tmp_path, scale):
+    path = tmp_path / "runs.csv"
+    values = [(s, n / 1e6 * scale, d / 1e9 * scale, x * scale) for s, n, d, x in rows()]
+    path.write_text(text(values=values))
+    code, out, _ = run(capsys, path, *FAST, "--json")
+    assert code == 0
+    for name in ("b_s", "b_n", "b_d"):
+        found = strict(out)["coefficients"][name]["value"]
+        assert found == pytest.approx(getattr(LAW, name), rel=1e-4)
+
+
+def test_a_loss_that_never_changes(capsys, tmp_path):
+    path = tmp_path / "runs.csv"
+    grid = np.meshgrid([0, 0.5, 0.75, 0.875], [1, 2, 4, 8], [1, 2, 4, 8], indexing="ij")
+    s, n, d = (x.ravel() for x in grid)
+    path.write_text(text(values=[(*r, 2.0) for r in zip(s, 1e6 * n, 1e9 * d, strict=True)]))
+    code, out, err = run(capsys, path, "--starts=4", "--bootstrap=20")
+    assert code == 0 and err == "fitting ...\n"
+    assert "The fit doesn't depend on data, or on weights" in out
+    assert "extrapolates badly" not in out and "nan" not in out and "times its size" not in out
+    code, out, _ = run(capsys, path, "--starts=4", "--bootstrap=20", "--json")
+    found = strict(out)
+    assert code == 0 and found["dense_equivalent"] == found["optima"] == []
+    assert all(h["rmse"] is not None for h in found["held_out"])
+
+
+def test_json_has_null_for_what_is_not_finite(capsys, table, monkeypatch):
+    real = scaling.fit
+
+    def doubtful(*args, **kwargs):
+        return scaling.dataclasses.replace(real(*args, **kwargs), condition=np.inf, spread=np.nan)
+
+    monkeypatch.setattr(scaling, "fit", doubtful)
+    monkeypatch.setattr(Law, "dense_equivalent", lambda *_: np.float64(np.inf))
+    code, out, _ = run(capsys, table, *FAST, "--json")
+    found = strict(out)
+    assert code == 0 and found["fit"]["condition"] is found["starts"]["spread"] is None
+    assert {g["times"] for g in found["dense_equivalent"]} == {None}
 
 
 def test_help_answers(capsys):

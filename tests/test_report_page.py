@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t5x_sparsity import cli
+from t5x_sparsity.commands import report as report_command
 from t5x_sparsity.commands import report_figures, report_names, report_parts
 from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.report_page import make_page
@@ -347,6 +348,37 @@ def test_a_heatmap_has_a_row_a_layer_and_gaps_where_nothing_was_logged():
     assert trace["zmax"] == 0.3
 
 
+def test_a_heatmap_has_every_layer_however_its_updates_fall():
+    # in turns, as under schedules of their own; every other step would show one alone
+    n = 2 * report_figures.MAX_COLUMNS - 1
+    train = {
+        f"mask_churn/{path}": series(np.arange(first, n, 2) / n, np.arange(first, n, 2))
+        for first, path in enumerate("ab")
+    }
+    chart = list(report_figures.churn_charts([made(train=train)]))[-1]
+    (trace,) = chart.data
+    assert trace["x"] == list(range(0, n, 2))
+    a, b = trace["z"]
+    assert a == pytest.approx([s / n for s in range(0, n, 2)], rel=1e-6)
+    # the last of the steps after the column before
+    assert b[0] is None and b[1:] == pytest.approx([s / n for s in range(1, n, 2)], rel=1e-6)
+
+
+def test_churn_that_is_no_number_breaks_nothing():
+    for values, mean, last in (
+        ([0.1, math.nan, 0.3, math.nan], 0.2, None),
+        ([math.nan, 0.25], 0.25, 0.25),
+        ([math.nan, math.inf], None, None),
+    ):
+        churn = {f"mask_churn/{p}": series(values) for p in ("a", "total")}
+        run = made(train={"loss": series([1.0]), "sparsity/total": series([0.5])} | churn)
+        numbers, text = run.key_numbers(), Page(make_page([run])).text
+        assert numbers["churn_mean"] == (None if mean is None else pytest.approx(mean))
+        assert numbers["churn"] == last
+        assert ("Mean churn" in text) == (mean is not None)
+        assert ("last 25.00%" in text) == (last is not None)
+
+
 def test_a_run_that_only_prunes_has_a_note_in_place_of_a_heatmap():
     churn = {f"mask_churn/{p}": series([0.0, 0.0]) for p in ("a", "total")}
     run = made(train={"loss": series([1.0]), "sparsity/total": series([0.5])} | churn)
@@ -460,6 +492,15 @@ def test_a_mistake_is_one_line_and_nothing_is_written(capsys, folders, arguments
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("t5x-sparsity report: error: ") and says.format(folders) in err
     assert sorted(folders.rglob("*")) == files
+
+
+def test_an_error_of_several_lines_is_one(capsys, folders, monkeypatch, tmp_path):
+    def refuse(folder):
+        raise ValueError("train/events has a value of a\nb that can't be read")
+
+    monkeypatch.setattr(report_command, "read_run", refuse)
+    code, out, err = report(capsys, folders / "rigl", "--out", tmp_path / "page.html")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "of a b that" in err
 
 
 def test_help_answers_questions(capsys):

@@ -1,5 +1,6 @@
 """Reading checkpoints: both layouts, part by part, and all that can be wrong with one."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,13 @@ def whole(request, tmp_path_factory):
 def copy(whole, tmp_path):
     """One to spoil."""
     return shutil.copytree(whole[1], tmp_path / "run/checkpoint_7")
+
+
+@pytest.fixture(scope="module")
+def copy_once(tmp_path_factory):
+    """One whose record tests write anew."""
+    folder = tmp_path_factory.mktemp("once") / "checkpoint_7"
+    return files.write("t5x", folder, LEAVES)
 
 
 def error(path, *patterns):
@@ -148,6 +156,35 @@ def test_a_mask_of_another_shape_is_an_error():
     found = checkpoint_of(np.zeros((8, 4)), np.zeros((2, 4), np.uint8))
     with pytest.raises(CheckpointError, match=r"the mask of w is damaged: .*\(2, 4\) does not fit"):
         found.read_mask("w")
+
+
+def test_a_packed_mask_of_another_type_is_an_error():
+    found = checkpoint_of(np.zeros((8, 4)), np.zeros((1, 4), np.int32))
+    with pytest.raises(CheckpointError, match="here: the mask of w is damaged: .*int32, not uint8"):
+        found.read_mask("w")
+
+
+@pytest.mark.parametrize("layout", files.LAYOUTS)
+@pytest.mark.parametrize(
+    "step, says",
+    [
+        (np.array([7, 8]), r"state/step is int64 of shape \(2,\), not a number"),
+        (np.array(True), r"state/step is bool of shape \(\), not a number"),
+        (np.float32(np.nan), "state/step is nan, which is no step"),
+        (np.float32(0.5), "state/step is 0.5, which is no step"),
+        (np.int32(-1), "state/step is -1, which is no step"),
+    ],
+)
+def test_a_step_is_a_whole_number(tmp_path, layout, step, says):
+    folder = files.write(layout, tmp_path / "checkpoint_7", LEAVES | {"state/step": step})
+    error(folder, f"checkpoint_7 is damaged or half-written: {says}")
+
+
+@pytest.mark.parametrize("layout", files.LAYOUTS)
+def test_a_large_step_is_read(tmp_path, layout):
+    leaves = LEAVES | {"state/step": np.int64(2**40)}
+    folder = files.write(layout, tmp_path / "checkpoint_7", leaves)
+    assert open_checkpoint(str(folder)).step == 2**40
 
 
 def test_no_more_than_a_part_is_read_at_once(tmp_path, monkeypatch):
@@ -269,10 +306,38 @@ def test_a_model_dir_stands_for_its_last_complete_checkpoint(whole, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoint_1.orbax-checkpoint-tmp-0", "checkpoint_1.orbax-checkpoint-tmp", "c.tmp-9"],
+    [
+        "checkpoint_1.orbax-checkpoint-tmp-0",
+        "checkpoint_1.orbax-checkpoint-tmp",
+        "checkpoint_1.tmp-9",
+        "checkpoint_1.tmp",
+    ],
 )
 def test_a_temporary_folder_is_half_written(whole, tmp_path, name):
     error(shutil.copytree(whole[1], tmp_path / name), "half-written: its name is that of a save")
+
+
+@pytest.mark.parametrize("name", ["run.tmp", "run.tmp-2", "a.orbax-checkpoint-tmp"])
+def test_a_model_dir_has_any_name(whole, tmp_path, name):
+    shutil.copytree(whole[1], tmp_path / name / "checkpoint_7")
+    assert open_checkpoint(str(tmp_path / name)).path == str(tmp_path / name / "checkpoint_7")
+
+
+def test_a_copy_by_another_name_is_not_half_written(whole, tmp_path):
+    copy = shutil.copytree(whole[1], tmp_path / "checkpoint_200_good")
+    assert open_checkpoint(str(copy)).step == 7
+    message = error(tmp_path, "holds no checkpoint: neither is it one, nor has it a folder")
+    assert "half-written" not in message
+    shutil.copytree(whole[1], tmp_path / "checkpoint_100")
+    found = open_checkpoint(str(tmp_path))
+    assert found.path == str(tmp_path / "checkpoint_100") and found.passed_over == ()
+
+
+def test_a_path_is_utf8(whole, tmp_path):
+    folder = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    shutil.copytree(whole[1], f"{folder}/checkpoint_7")
+    for path in (folder, f"{folder}/checkpoint_7"):
+        error(path, r"\\udcff.* can't be read: it is not UTF-8, as tensorstore needs paths to be")
 
 
 def test_what_is_no_checkpoint(tmp_path):
@@ -309,7 +374,84 @@ def test_the_record_is_that_of_its_weights(copy):
     found = open_checkpoint(str(copy))
     assert found.stack_axes("mlp/wi") == () and not found.knows_stack_axes("mlp/wi")
     (copy.parent / "sparsity.json").write_text('{"mlp')
-    error(copy, r"sparsity.json is damaged \(JSONDecodeError.*; move it away to go on without it")
+    error(
+        copy, r"sparsity.json is damaged \(Unterminated string.*; move it away to go on without it"
+    )
+
+
+BAD_RECORDS = {
+    b"[]": r"it is \[\], not an object with an entry a weight",
+    b"null": "it is null, not an object",
+    b'{"w": 3}': "the entry of w is 3, not an object",
+    b'{"\\ud800": {}}': r'"\\ud800" is no path of a weight',
+    b"[" * 100_000: "it is nested too deeply",
+    b'{"w": {"shape": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}": "it is nested too deeply",
+    b"\xff\xff\xff": "can't decode byte 0xff",
+    b"9" * 5000: "limit",
+}
+BAD_ENTRIES = [
+    *(
+        ("shape", x, "list of whole")
+        for x in (5, None, "ab", [1.5], [True], [-1], [2**70], [8] * 65)
+    ),
+    ("shape", [2**32, 2**31], "list of whole"),
+    *(("sparsity", x, "a number in") for x in ("abc", None, [1], True, float("nan"), -0.1, 1.1)),
+    *(("kept", x, "a whole number") for x in (None, 0.5, -1, "3")),
+    *(("pattern", x, "text") for x in (None, 3, ["a"], "a\0b", "a\nb", "\ud800")),
+    *(("algorithm", x, "text") for x in (None, 3, ["a"], "a\nb")),
+    *(("start_step", x, "a step") for x in (None, "x", -1, 1.0, True)),
+    *(("axes", x, "null or a list of") for x in (3, "abc", ["embed"], [1, 2, 3], ["a", "b", "\n"])),
+    *(("stack_axes", x, "different axes") for x in (1, None, "ab", [0, 1, 2], [3], [-1], [1, 1])),
+    *(("stack_axes", x, "different axes") for x in ([[1]], [True], [1.0])),
+]
+
+
+@pytest.mark.parametrize("key, value, allowed", BAD_ENTRIES)
+def test_an_entry_of_the_record_is_of_its_type_and_range(copy_once, key, value, allowed):
+    entry = {"shape": [16, 2, 8], key: value}
+    files.write_record(copy_once.parent, norm__scale={}, mlp__wi=entry)
+    message = error(
+        copy_once, rf"sparsity.json is damaged \({key} of mlp/wi is .*, not .*{allowed}"
+    )
+    assert message.endswith("; move it away to go on without it") and message.isprintable()
+
+
+@pytest.mark.parametrize("text", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_a_record_is_an_entry_a_weight(copy_once, text):
+    (copy_once.parent / "sparsity.json").write_bytes(text)
+    error(copy_once, rf"sparsity.json is damaged \(.*{BAD_RECORDS[text]}")
+
+
+def test_axes_need_a_shape(copy_once):
+    for key, value in (("axes", ["embed"]), ("stack_axes", [0])):
+        files.write_record(copy_once.parent, mlp__wi={key: value})
+        error(copy_once, f"{key} of mlp/wi is .*of the shape")
+
+
+def test_what_a_record_may_have(copy_once):
+    entry = {
+        "shape": [16, 2, 8], "sparsity": 1, "kept": 0, "pattern": "Block(größe=2)", "algorithm": "",
+        "start_step": 0, "axes": ["embed", None, "mlp"], "stack_axes": [], "of a later version": {},
+    }  # fmt: skip
+    for record in (entry, entry | {"axes": None, "stack_axes": [2, 0]}, {}):
+        files.write_record(copy_once.parent, mlp__wi=record)
+        assert open_checkpoint(str(copy_once)).record == {"mlp/wi": record}
+
+
+def test_a_link_has_what_is_beside_it_or_beside_what_it_links_to(copy, tmp_path):
+    files.write_record(copy.parent, mlp__wi={"shape": [16, 2, 8], "stack_axes": [1]})
+    (copy.parent / "config.gin").write_text("A = 1")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "checkpoint_7").symlink_to(copy)
+    for path in (other, other / "checkpoint_7"):
+        found = open_checkpoint(str(path))
+        assert found.stack_axes("mlp/wi") == (1,) and found.path == str(other / "checkpoint_7")
+        assert found.config_gin == str(copy.parent / "config.gin")
+    files.write_record(other, mlp__wi={"shape": [16, 2, 8], "stack_axes": [2]})
+    (other / "config.gin").write_text("A = 2")
+    found = open_checkpoint(str(other))
+    assert found.stack_axes("mlp/wi") == (2,) and found.config_gin == str(other / "config.gin")
 
 
 def test_a_folder_that_may_not_be_read(copy, monkeypatch):

@@ -320,6 +320,12 @@ def test_the_optimum_at_its_limits():
             optimum(law, 1e20)
 
 
+def test_the_best_size_where_a_product_would_be_no_float64():
+    # 6 a_d / compute is below any of them
+    found = optimum(dataclasses.replace(LAW, a_d=1e-290), 1e40)
+    assert found.nonzero == pytest.approx(1e18) and np.isfinite(found.loss)
+
+
 def test_a_failed_fit_says_so(monkeypatch):
     monkeypatch.setattr(scaling._Scaled, "minimize", lambda *_: None)
     with pytest.raises(RuntimeError, match="none of 3 starts converged"):

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from t5x_sparsity import cli
 
 COSTS = ("gradual", "dense", "sparse")
-# Weights, tokens and losses of no run are beyond; their tenth powers, which the law may take, are
-# float64s still.
+# No run's weights, tokens or loss are beyond; float64 holds their tenth powers, as the law takes.
 LEAST, MOST = 1e-30, 1e30
 
 _DESCRIPTION = """\
@@ -90,7 +89,7 @@ def add(commands) -> None:
         "--compute",
         nargs="+",
         default=(),
-        type=_number("from 1e-60 to 1e+60", lambda x: LEAST**2 <= x <= MOST**2),
+        type=_number("from 1e-60 to 1e+60", lambda x: 1e-60 <= x <= 1e60),
         metavar="FLOPS",
         help="training FLOPs to find the best sparsity for; without it three, from the least to "
         "the most that a run of the table took",

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from t5x_sparsity.cli.export import ExportOptions
 from t5x_sparsity.commands import CommandError
-from t5x_sparsity.commands.plan_report import format_bytes
+from t5x_sparsity.commands.text import format_bytes
 from t5x_sparsity.encodings import NM, Blocks
 from t5x_sparsity.export import Exported, ExportedWeight, export
 from t5x_sparsity.saved import Checkpoint, open_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -16,9 +17,11 @@ from t5x_sparsity.commands.fit_scaling_table import Source, read
 from t5x_sparsity.commands.output import check_page, spinner, write_page
 from t5x_sparsity.scaling import COEFFICIENTS, Fit, Law
 from t5x_sparsity.scaling_intervals import Bootstrap, HeldOut
-from t5x_sparsity.scaling_optimum import MAX_SPARSITY, optimum, training_flops
+from t5x_sparsity.scaling_optimum import MAX_SPARSITY, Optimum, optimum, training_flops
 
 _ILL_CONDITIONED = 1e4
+# what a held-out prediction may be off, whatever the fit's own errors are
+_GOOD = 1e-3
 
 
 def run(options: FitScalingOptions) -> int:
@@ -31,7 +34,10 @@ def run(options: FitScalingOptions) -> int:
             from t5x_sparsity.commands.fit_scaling_page import page
 
             write_page(out, page(report), "--plots")
-    print(json.dumps(report.as_dict(), indent=1) if options.json else report.as_text())
+    if options.json:
+        print(json.dumps(report.as_dict(), indent=1, allow_nan=False))
+    else:
+        print(report.as_text())
     if out:
         print(f"wrote {out}", file=sys.stderr)
     return 0
@@ -41,7 +47,8 @@ def analyse(source: Source, options: FitScalingOptions) -> Report:
     """Fits the law, and asks it what is best.
 
     Raises:
-      CommandError: the table can't tell the coefficients apart.
+      CommandError: the table can't tell the coefficients apart, or nothing is best that a float64
+        holds.
     """
     table, delta, seed = source.table, options.delta, options.seed
     try:
@@ -75,11 +82,14 @@ def analyse(source: Source, options: FitScalingOptions) -> Report:
         for name in ("nonzero", "tokens", "sparsity")
     ]
     gains = {}
+    sized = [law for law in laws.laws if _has_size(law)] if laws else []
     for s in _some(scaling.distinct(table.sparsity)):
-        if s:
-            values = [law.dense_equivalent(s) for law in laws.laws] if laws else None
-            interval = scaling_intervals.interval(values, options.level) if laws else None
-            gains[float(s)] = float(fit.law.dense_equivalent(s)), interval
+        if s and _has_size(fit.law):
+            with np.errstate(over="ignore", divide="ignore"):
+                values = [law.dense_equivalent(s) for law in sized]
+                gain = float(fit.law.dense_equivalent(s))
+            interval = scaling_intervals.interval(values, options.level) if values else None
+            gains[float(s)] = gain, interval
     optima = _optima(source, options, fit.law, laws)
     return Report(
         options=options,
@@ -98,7 +108,7 @@ def _optima(
     source: Source, options: FitScalingOptions, law: Law, laws: Bootstrap | None
 ) -> list[BestRun]:
     table = source.table
-    if not law.a_d or not law.a_s + law.c_s:
+    if not law.a_d or not _has_size(law):
         return []
     costs = training_flops(table.sparsity, table.nonzero, table.tokens, options.cost)
     least, most = costs.min(), costs.max()
@@ -110,14 +120,21 @@ def _optima(
     for flops in compute:
         for size in (None, *sizes):
             asked = {"nonzero": size, "cost": options.cost}
-            best = optimum(law, flops, max_sparsity=sparsest, **asked)
+            best = _best(law, flops, max_sparsity=sparsest, **asked)
+            if best is None:
+                weights = "" if size is None else f" and {size:g} weights"
+                raise CommandError(
+                    f"{source.path}: the law has no finite loss for {flops:g} FLOPs{weights}; give "
+                    "--compute and --size nearer to the table's runs"
+                )
             interval = None
             # a law without one of these terms has no optimum
-            usable = [x for x in laws.laws if x.a_d and x.a_s + x.c_s] if laws else []
-            if usable:
-                values = [optimum(x, flops, max_sparsity=sparsest, **asked) for x in usable]
-                interval = scaling_intervals.interval([x.sparsity for x in values], options.level)
-            beyond = optimum(law, flops, **asked).sparsity if best.at_limit else None
+            usable = [x for x in laws.laws if x.a_d and _has_size(x)] if laws else []
+            values = [_best(x, flops, max_sparsity=sparsest, **asked) for x in usable]
+            values = [x.sparsity for x in values if x is not None]
+            if values:
+                interval = scaling_intervals.interval(values, options.level)
+            beyond = _best(law, flops, **asked) if best.at_limit else None
             outside = [
                 column_name(name)
                 for name in ("nonzero", "tokens")
@@ -128,11 +145,26 @@ def _optima(
                     best=best,
                     given_size=size is not None,
                     interval=interval,
-                    beyond=beyond,
+                    beyond=beyond and beyond.sparsity,
                     outside=tuple(outside),
                 )
             )
     return found
+
+
+def _has_size(law: Law) -> bool:
+    """Whether the loss depends on weights."""
+    return law.a_s + law.c_s > 0
+
+
+def _best(law: Law, flops: float, **asked) -> Optimum | None:
+    """The optimum of a law that depends on data and weights; None if its loss isn't finite."""
+    try:
+        with np.errstate(over="ignore"):
+            best = optimum(law, flops, **asked)
+    except (ArithmeticError, ValueError):  # too large, or a slope that has no sign
+        return None
+    return best if math.isfinite(best.loss) and math.isfinite(best.dense_loss) else None
 
 
 def _warnings(
@@ -162,7 +194,7 @@ def _warnings(
     if laws and laws.failed > 0.05 * options.bootstrap:
         found.append(f"{laws.failed} resampled tables have no fit; the intervals leave them out.")
     for h in held_out:
-        if h.rmse is not None and abs(h.mean_error) > 3 * h.rmse:
+        if h.rmse is not None and abs(h.mean_error) > max(3 * h.rmse, _GOOD):
             name = column_name(h.column)
             found.append(
                 f"Runs of the largest {name} are {h.mean_error:+.1%} off when predicted from the "

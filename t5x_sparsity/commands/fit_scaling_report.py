@@ -95,8 +95,8 @@ class Report:
         return {pair: r for pair, r in found.items() if abs(r) > _TIED}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
+        """For JSON; what isn't finite is None."""
+        found = {
             "table": {
                 "path": self.source.path,
                 "runs": len(self.source.table),
@@ -116,7 +116,7 @@ class Report:
                 "delta": self.options.delta,
                 "rmse": self.fit.rmse,
                 "max_relative_error": self.fit.max_relative_error,
-                "condition": _finite(self.fit.condition),
+                "condition": self.fit.condition,
                 "at_bounds": list(self.fit.bounds),
                 "residuals": self.fit.residuals.tolist(),
             },
@@ -157,6 +157,7 @@ class Report:
             ],
             "warnings": list(self.warnings),
         }
+        return _finite(found)
 
     def as_text(self) -> str:
         """For a person."""
@@ -284,5 +285,10 @@ def show_range(values: np.ndarray) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _finite(value: Any) -> Any:
+    """A value of dicts, lists and tuples, with None for infinities and NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

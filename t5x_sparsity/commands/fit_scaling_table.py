@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from t5x_sparsity.cli.fit_scaling import LEAST, MOST
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.scaling import Table
 
@@ -158,4 +159,6 @@ def _value(where: str, name: str, text: str) -> float:
             raise CommandError(f"{where}: {text} is outside [0, 1){percent}")
     elif value <= 0:
         raise CommandError(f"{where}: {text} isn't above 0")
+    elif not LEAST <= value <= MOST:
+        raise CommandError(f"{where}: {text} is outside {LEAST:g} to {MOST:g}")
     return value

@@ -17,7 +17,7 @@ from t5x_sparsity.commands import CommandError, one_line, run_file
 from t5x_sparsity.commands.output import spinner
 from t5x_sparsity.commands.plan_report import DoesNotFit, Report, SliceReport, WeightRow
 from t5x_sparsity.core import flatten
-from t5x_sparsity.flops import run_flops
+from t5x_sparsity.flops import ramp_warnings, run_flops
 from t5x_sparsity.metrics import TOTAL, summarize
 from t5x_sparsity.plugin import SparseTrainStateInitializer
 from t5x_sparsity.plugin.trainer import SparseTrainer
@@ -124,6 +124,7 @@ def _plan(config: run_file.Run, initializer) -> Report:
         mask_bytes_per_device=per_device,
         mesh=dict(mesh.shape),
         missing_imports=config.missing_imports,
+        warnings=ramp_warnings(plan),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from t5x_sparsity.aot import Compilation
+from t5x_sparsity.commands.text import format_bytes
 from t5x_sparsity.compiled import COLLECTIVES
 from t5x_sparsity.flops import RunFlops
 
@@ -92,6 +93,7 @@ class Report:
       mask_bytes_per_device: on the mesh.
       mesh: axis -> size.
       missing_imports: modules that gin files name and that aren't installed.
+      warnings: what is odd about it, a sentence each.
       slice: None where none was asked for.
     """
 
@@ -106,6 +108,7 @@ class Report:
     mask_bytes_per_device: int
     mesh: Mapping[str, int]
     missing_imports: Sequence[str] = ()
+    warnings: Sequence[str] = ()
     slice: SliceReport | None = None
 
     @property
@@ -134,6 +137,7 @@ class Report:
             "host": self.host,
             "is_sparse": self.is_sparse,
             "missing_imports": list(self.missing_imports),
+            "warnings": list(self.warnings),
             "weights": [
                 {k: v for k, v in r._asdict().items() if r.is_sparse or k != "mask_bytes"}
                 | {"size": r.size}
@@ -215,6 +219,7 @@ class Report:
             f"Dense: {self.flops.dense_forward:.4g} FLOPs a forward pass over a batch, "
             f"{self.flops.dense_training:.4g} in training."
         )
+        lines += [f"Beware: {warning}." for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -314,11 +319,3 @@ def _of(c: Compilation) -> str:
     if c.available_bytes is None:
         return format_bytes(c.needed_bytes)
     return f"{c.needed_bytes / 2**30:.2f} of {c.available_bytes / 2**30:.2f} GiB"
-
-
-def format_bytes(n: int) -> str:
-    """A size in the unit that suits it."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return f"{n / size:,.2f} {unit}"
-    return f"{n:,} B"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from t5x_sparsity.cli.report import ReportOptions
-from t5x_sparsity.commands import CommandError
+from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.output import check_page, write_page
 from t5x_sparsity.commands.report_page import make_page
 from t5x_sparsity.commands.report_run import ReportRun
@@ -27,19 +27,17 @@ def run(options: ReportOptions) -> int:
             f"{len(folders)} runs are too many to tell apart on a page; give at most {MAX_RUNS}"
         )
     names = _names(options, folders)
-    out = options.out
-    if out is None:
-        out = folders[0] / _PAGE if len(folders) == 1 else _PAGE
-        if len(folders) == 1 and not folders[0].is_dir():
-            raise CommandError(f"there is no {folders[0]}; give the folder of a run, its MODEL_DIR")
-    out = check_page(out, "--out", "report")
     runs = []
     for i, folder in enumerate(folders):
         try:
             found = read_run(str(folder))
         except (ValueError, OSError) as e:
-            raise CommandError(str(e)) from e
+            raise CommandError(one_line(e)) from e
         runs.append(ReportRun(name=names[i], index=i, run=found))
+    out = options.out
+    if out is None:
+        out = folders[0] / _PAGE if len(folders) == 1 else _PAGE
+    out = check_page(out, "--out", "report")
     write_page(out, make_page(runs), "--out")
     if options.json:
         result = {"page": str(out), "runs": [r.key_numbers() for r in runs]}

@@ -148,7 +148,7 @@ def churn_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         yield Chart(
             id="chart-churn",
             title="Churn of a mask update",
-            note="Share of the active weights that the last mask update replaced.",
+            note="Of the weights then updated, the share of active ones that was replaced.",
             runs=found,
             data=data,
             layout=_axes(share=_share_range(data, from_zero=True)),
@@ -179,7 +179,7 @@ def churn_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
 
 
 def _layers_of(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Paths, steps, and churn of shape [paths, steps]; NaN where nothing was logged."""
+    """Paths, steps, and churn of shape [paths, steps]; NaN where a mask wasn't updated."""
     series = {p: s for p, s in run.run.group("mask_churn").items() if p != TOTAL}
     paths = sorted(series, key=natural)
     if not paths:
@@ -188,9 +188,11 @@ def _layers_of(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray]:
     steps = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_COLUMNS).round().astype(int))]
     z = np.full((len(paths), len(steps)), np.nan)
     for row, path in enumerate(paths):
-        found, at, of = np.intersect1d(steps, series[path].steps, return_indices=True)
-        z[row, at] = series[path].values[of]
-    z[~np.isfinite(z)] = np.nan
+        finite = np.isfinite(series[path].values)
+        # of the steps up to a column's, after the column before, the last counts: weights may be
+        # updated at steps of their own
+        at = np.searchsorted(steps, series[path].steps[finite])
+        z[row, at] = series[path].values[finite]
     # nothing but what isn't finite
     return ([], np.zeros(0), np.zeros((0, 0))) if np.isnan(z).all() else (paths, steps, z)
 
@@ -203,7 +205,8 @@ def _heatmap(run: ReportRun, paths, steps, z, highest: float, named: bool) -> Ch
         id=f"chart-churn-layers-{run.index}",
         title="Churn by layer" + (f", {short(run.name, 32)}" if named else ""),
         note="A row a weight, the first layer on top; the stronger the colour, the more was "
-        "replaced." + (" One scale for all runs." if named else ""),
+        "replaced; blank where its mask wasn't updated."
+        + (" One scale for all runs." if named else ""),
         runs=[run],
         data=[
             {

@@ -279,8 +279,10 @@ def _tiles(run: ReportRun) -> dict[str, tuple[str, str]]:
     ):
         if numbers[key] is not None:
             tiles[name] = f"{numbers[key]:.1%}", more
-    if numbers["churn"] is not None:
-        tiles["Mean churn"] = f"{numbers['churn_mean']:.2%}", f"last {numbers['churn']:.2%}"
+    if numbers["churn_mean"] is not None:
+        last = numbers["churn"]
+        more = "" if last is None else f"last {last:.2%}"
+        tiles["Mean churn"] = f"{numbers['churn_mean']:.2%}", more
     if numbers["explored"] is not None:
         tiles["Ever active"] = f"{numbers['explored']:.1%}", "of sparse weights"
     if numbers["weights"] is not None:

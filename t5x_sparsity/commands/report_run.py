@@ -136,7 +136,7 @@ class ReportRun:
             "train_loss": None if loss is None else float(smoothed(loss[1]).last),
             "validation": {t: _validation(s) for t, s in self.eval_losses.items()},
             "churn": None if churn is None else churn.last,
-            "churn_mean": None if churn is None else float(churn.values.mean()),
+            "churn_mean": None if churn is None else _mean(churn),
             "explored": self.last("mask_explored/total"),
             "flops_training": self.last("flops/training"),
             "flops_training_dense": self.last("flops/training_dense"),
@@ -160,6 +160,12 @@ def _validation(series: Series) -> dict[str, Any]:
         "best_step": None if best is None else int(series.steps[best]),
         "best_loss": None if best is None else float(series.values[best]),
     }
+
+
+def _mean(series: Series) -> float | None:
+    """Of what is finite, None where nothing is."""
+    finite = series.values[np.isfinite(series.values)]
+    return float(finite.mean()) if finite.size else None
 
 
 def _finite(value: Any) -> Any:

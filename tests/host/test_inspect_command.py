@@ -428,6 +428,18 @@ def a_record_cut(folder):
     return folder, "sparsity.json is damaged"
 
 
+def a_record_of_other_values(folder):
+    written(folder / "checkpoint_7")
+    files.write_record(folder, mlp__wi={"shape": [16, 8], "pattern": None})
+    return folder, "sparsity.json is damaged (pattern of mlp/wi is null, not text of a line)"
+
+
+def a_mask_of_another_type(folder):
+    mask = files.pack(MASK, 0).astype(np.int32)
+    leaves = files.sparse_leaves(W) | {"state/sparsity/masks/mlp/wi": mask}
+    return files.write("t5x", folder / "checkpoint_7", leaves), "it is packed, but of int32"
+
+
 def tensorflow(folder):
     folder.mkdir()
     (folder / "model.ckpt-1.index").write_bytes(b"")
@@ -445,6 +457,8 @@ def tensorflow(folder):
         a_chunk_cut,
         a_mask_that_does_not_fit,
         a_record_cut,
+        a_record_of_other_values,
+        a_mask_of_another_type,
         tensorflow,
     ],
 )

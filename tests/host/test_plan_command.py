@@ -53,6 +53,17 @@ def as_json(capsys, run_file, *arguments):
     return json.loads(out)
 
 
+def test_a_ramp_that_jumps_is_warned_of(capsys, tmp_path):
+    file = runs.write_run(tmp_path, "magnitude")
+    assert (
+        as_json(capsys, file, "--gin.TRAIN_STEPS=100", "--gin.MASK_UPDATE_PERIOD=5")["warnings"]
+        == []
+    )
+    code, out, _ = plan(capsys, file, "--gin.TRAIN_STEPS=100", "--gin.MASK_UPDATE_PERIOD=40")
+    assert code == 0
+    assert "Beware: the level of Magnitude rises in 3 mask updates only, at steps 25, 65, 75" in out
+
+
 def test_the_plan_is_what_a_run_then_has(capsys, run_file, tmp_path):
     files = sorted(tmp_path.rglob("*"))
     found = as_json(capsys, run_file, "--gin.SPARSITY=0.9")
