@@ -15,7 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _DESCRIPTION = "Plans sparse runs of T5X, looks into them, and takes their weights away."
-_EPILOG = "Exit codes: 0; 2 for what can't be done as asked, with one line that says why."
+_EPILOG = (
+    "Exit codes: 0; 2 for what can't be done as asked, with one line that says why; 130 if "
+    "interrupted."
+)
 
 # in the order of a run's life
 _COMMANDS = ("plan", "inspect", "export", "report", "fit_scaling")
