@@ -19,7 +19,7 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from t5x_sparsity import host
-from t5x_sparsity.core import schedules
+from t5x_sparsity.core import EXPLORED, schedules
 from t5x_sparsity.plan import Plan
 
 SPARSITY = "state/sparsity/"
@@ -327,6 +327,13 @@ def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
         for name, leaf in expected.items()
         if name in found and shape(found[name]) != shape(leaf) and shape(found[name])
     ]
+    explored = f"{SPARSITY}{EXPLORED}/"
+    if (missing or unexpected) and all(n.startswith(explored) for n in missing + unexpected):
+        now, then = ("tracks", "doesn't have") if missing else ("doesn't track", "has")
+        raise ValueError(
+            f"this run {now} which weights have ever been kept, which {where} {then}; resume with "
+            f"t5x_sparsity.SparsityConfig.track_explored = {not missing}, as it began"
+        )
     if missing or unexpected or other:
         differences = [
             f"{title} {_few(names)}"

@@ -1,5 +1,7 @@
 """What the sparse trainer writes of its masks, on the host in use."""
 
+import functools
+
 import numpy as np
 import pytest
 import rig
@@ -205,3 +207,11 @@ def test_what_was_explored_is_resumed(tmp_path):
         last = found.Tensors("flops/training")[-1]
         shares[name] = last.step, make_ndarray(last.tensor_proto).item()
     assert shares["halves"] == shares["whole"] and shares["whole"][0] == 8
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+def test_tracking_cannot_begin_or_end_in_the_middle(tmp_path, tracks):
+    config = functools.partial(rig.rigl, 0.5, begin=1, end=7, period=2)
+    whole_runs.run(tmp_path, config(track_explored=not tracks), 2)
+    with pytest.raises(ValueError, match=f"SparsityConfig.track_explored = {not tracks}, as it"):
+        whole_runs.run(tmp_path, config(track_explored=tracks), 4)
