@@ -6,7 +6,6 @@ back as they were; whatever isn't stored comes back as +0.
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +22,7 @@ from t5x_sparsity.encodings import (
     check,
     group_counts,
 )
+from t5x_sparsity.found_patterns import parse_pattern
 
 # the values' name, beside the arrays that place them
 VALUES = "values"
@@ -132,9 +132,7 @@ def choose(
 def from_pattern(pattern: str, shape: Sequence[int], stack_axes: Sequence[int]) -> Encoding | None:
     """The encoding of a pattern by its repr; None if it has none of its own."""
     try:
-        call = ast.parse(pattern, mode="eval").body
-        name = call.func.id
-        fields = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        name, fields = parse_pattern(pattern)
         free = [a for a in range(len(shape)) if a not in stack_axes]
         if name == "NByM":
             return NM(n=fields["n"], m=fields["m"], axis=free[fields["axis"]])
@@ -147,7 +145,7 @@ def from_pattern(pattern: str, shape: Sequence[int], stack_axes: Sequence[int]) 
             for axis in set(free) - {free[fields["axis"]]}:
                 block[axis] = shape[axis]
             return Blocks(block=tuple(block))
-    except (SyntaxError, ValueError, AttributeError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError):
         pass  # another pattern, or one of somebody's own: what there is will be looked at
     return None
 

@@ -21,6 +21,7 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
+from t5x_sparsity.gin_values import AsWritten
 from t5x_sparsity.saved_record import parse_record
 
 MASKS = "masks/"
@@ -330,25 +331,6 @@ def _weights(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-class _Delegate(config_parser.ParserDelegate):
-    """References stay what they are in the file."""
-
-    def configurable_reference(self, scoped_configurable_name, evaluate):
-        return _Verbatim(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
-
-    def macro(self, macro_name):
-        return _Verbatim(f"%{macro_name}")
-
-
-class _Verbatim(str):
-    """A reference, which needs no quotes."""
-
-    __slots__ = ()
-
-    def __repr__(self):
-        return str(self)
-
-
 def _bindings(config: str, remarks: list[str]) -> dict[str, str]:
     try:
         return {name: repr(value) for name, value in _statements(config)}
@@ -358,7 +340,7 @@ def _bindings(config: str, remarks: list[str]) -> dict[str, str]:
 
 
 def _statements(config: str) -> Iterator[tuple[str, Any]]:
-    for statement in config_parser.ConfigParser(config, _Delegate()):
+    for statement in config_parser.ConfigParser(config, AsWritten()):
         if isinstance(statement, config_parser.BindingStatement):
             scope = f"{statement.scope}/" if statement.scope else ""
             name = f".{statement.arg_name}" if statement.arg_name else ""

@@ -162,12 +162,15 @@ def ramp_warnings(plan: Plan) -> list[str]:
     found = []
     for algorithm, part in groups(plan):
         updates, layer = algorithm.updates, next(iter(part.values()))
-        if not isinstance(updates, Periodic) or isinstance(algorithm, algorithms.ACDC):
+        if not isinstance(updates, Periodic):
             continue
         if updates.end - updates.begin >= _FEW_UPDATES * updates.period:
             continue
         steps = [t for t in range(updates.begin, updates.end + 1) if updates.is_update(t)]
-        if 1 < len(steps) < _FEW_UPDATES and len({mask_density(layer, part, t) for t in steps}) > 1:
+        levels = [1 - mask_density(layer, part, t) for t in steps]
+        # others go up and down by design
+        rises = levels == sorted(levels) and levels[0] < levels[-1]
+        if rises and len(steps) < _FEW_UPDATES:
             found.append(
                 f"the level of {type(algorithm).__name__} rises in {len(steps)} mask updates only, "
                 f"at steps {', '.join(map(str, steps))}; for a smooth ramp lower "

@@ -1,4 +1,4 @@
-"""Checks of gin bindings as they are given on a command line."""
+"""Gin text by itself, without the names that it refers to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from collections.abc import Sequence
 from gin import config_parser
 
 
-class _AnyName(config_parser.ParserDelegate):
-    """Takes every name for one that is there."""
+class AsWritten(config_parser.ParserDelegate):
+    """Takes every name for one that is there; references stay what they are in the text."""
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
-        return None
+        return _Verbatim(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
 
-    def macro(self, scoped_name):
-        return None
+    def macro(self, macro_name):
+        return _Verbatim(f"%{macro_name}")
+
+
+class _Verbatim(str):
+    """A reference, which needs no quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return str(self)
 
 
 def check_bindings(bindings: Sequence[str]) -> None:
@@ -29,7 +38,7 @@ def check_bindings(bindings: Sequence[str]) -> None:
         if not equals or "\n" in binding:
             continue
         try:
-            config_parser.ConfigParser(value, _AnyName()).parse_value()
+            config_parser.ConfigParser(value, AsWritten()).parse_value()
         except (SyntaxError, ValueError) as e:
             raise ValueError(
                 f"{name} = {value} has no value that gin can read; a text needs quotes of its own, "

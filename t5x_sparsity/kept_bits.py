@@ -39,7 +39,6 @@ def matrix_axes(
     """
     free = [a for a in range(ndim) if a not in stack_axes]
     last = [names[a] for a in free[-2:]] if names is not None and len(names) == ndim else []
-    # as LayerPlan.output_axes has it
     n = 2 if len(free) > 2 and last == ["heads", "kv"] else 1
     stack = tuple(a for a in range(ndim) if a in stack_axes)
     return MatrixAxes(stack=stack, inputs=tuple(free[:-n]), outputs=tuple(free[-n:]))

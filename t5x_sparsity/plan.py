@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_sparsity import distributions, masks
+from t5x_sparsity.kept_bits import matrix_axes
 from t5x_sparsity.patterns import Pattern, Unstructured
 
 if TYPE_CHECKING:
@@ -138,9 +139,7 @@ class LayerPlan:
     @property
     def output_axes(self) -> tuple[int, ...]:
         """The axes of the whole weight that tell its output neurons apart: the last, or two."""
-        free = [a for a in range(len(self.shape)) if a not in self.stack_axes]
-        names = [self.axes[a] if a < len(self.axes or ()) else None for a in free]
-        return tuple(free[-2:] if len(free) > 2 and names[-2:] == ["heads", "kv"] else free[-1:])
+        return matrix_axes(len(self.shape), self.stack_axes, self.axes).outputs
 
     @property
     def slice_size(self) -> int:

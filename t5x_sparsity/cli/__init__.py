@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import os
 import sys
@@ -75,6 +76,11 @@ def run(name: str, options: Any) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def options_of(cls: type, values: argparse.Namespace) -> Any:
+    """The options of a subcommand, from arguments of the same names."""
+    return cls(**{f.name: getattr(values, f.name) for f in dataclasses.fields(cls)})
 
 
 def _drop_output() -> None:

@@ -92,5 +92,4 @@ def add(commands) -> None:
 
 
 def _run(values: argparse.Namespace) -> int:
-    fields = [f.name for f in dataclasses.fields(ExportOptions)]
-    return cli.run("export", ExportOptions(**{name: getattr(values, name) for name in fields}))
+    return cli.run("export", cli.options_of(ExportOptions, values))

@@ -177,5 +177,4 @@ def _whole(allowed: str, is_allowed: Callable[[int], bool]) -> Callable[[str], i
 
 
 def _run(values: argparse.Namespace) -> int:
-    names = [f.name for f in dataclasses.fields(FitScalingOptions)]
-    return cli.run("fit_scaling", FitScalingOptions(**{n: getattr(values, n) for n in names}))
+    return cli.run("fit_scaling", cli.options_of(FitScalingOptions, values))

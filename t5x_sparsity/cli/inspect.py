@@ -68,10 +68,4 @@ def add(commands) -> None:
 
 
 def _run(values: argparse.Namespace) -> int:
-    options = InspectOptions(
-        checkpoint=values.checkpoint,
-        compare=values.compare,
-        json=values.json,
-        all=values.all,
-    )
-    return cli.run("inspect", options)
+    return cli.run("inspect", cli.options_of(InspectOptions, values))

@@ -78,7 +78,4 @@ def add(commands) -> None:
 
 
 def _run(values: argparse.Namespace) -> int:
-    options = ReportOptions(
-        model_dirs=values.model_dirs, out=values.out, names=values.names, json=values.json
-    )
-    return cli.run("report", options)
+    return cli.run("report", cli.options_of(ReportOptions, values))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
 from t5x_sparsity.commands.inspect_weights import Comparison, Weight, total
+from t5x_sparsity.commands.text import format_bytes
 
 _LAYOUTS = {"orbax": "Orbax", "t5x": "T5X's own"}
 _SHOWN = 12
@@ -138,13 +138,13 @@ class Report:
                 "The checkpoint has no masks, as of a dense run: what counts as kept is what isn't "
                 "zero, in matrices only."
             )
-        sizes = [f"weights {_bytes(self.bytes['weights'])}"]
+        sizes = [f"weights {format_bytes(self.bytes['weights'])}"]
         if self.made_by.masks:
-            sizes.append(f"masks {_bytes(self.bytes['masks'])}")
+            sizes.append(f"masks {format_bytes(self.bytes['masks'])}")
         for name, (count, size) in self.slots.items():
-            sizes.append(f"the method's {name} {_bytes(size)} in {_count(count, 'array')}")
+            sizes.append(f"the method's {name} {format_bytes(size)} in {_count(count, 'array')}")
         if self.bytes["optimizer"]:
-            sizes.append(f"optimizer {_bytes(self.bytes['optimizer'])}")
+            sizes.append(f"optimizer {format_bytes(self.bytes['optimizer'])}")
         lines.append(f"Sizes: {', '.join(sizes)}.")
         return "\n".join([*lines, *self.notes, *self._findings()])
 
@@ -363,10 +363,3 @@ def _count(n: int, what: str) -> str:
 def _few(weights: Sequence[Weight]) -> str:
     more = f" and {len(weights) - _SHOWN} more" if len(weights) > _SHOWN else ""
     return ", ".join(w.path for w in weights[:_SHOWN]) + more
-
-
-def _bytes(n: int) -> str:
-    """A size in the unit that suits it."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(len(units) - 1, int(math.log2(n)) // 10) if n else 0
-    return f"{n:,} B" if not power else f"{n / 2 ** (10 * power):,.2f} {units[power]}"

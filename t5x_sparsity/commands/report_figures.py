@@ -111,13 +111,9 @@ def sparsity_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
     found = [r for r in runs if "sparsity/total" in r.run.train]
     if not found:
         return
-    data, has_target = [], False
-    for run in found:
-        data.append(_line(run, run.run.train["sparsity/total"], "actual"))
-        target = run.run.train.get("sparsity_target/total")
-        if target is not None:
-            has_target = True
-            data.append(_second(runs, run, target, "target", "dash"))
+    pair = ("sparsity/total", "actual"), ("sparsity_target/total", "target")
+    data = _pairs(runs, found, *pair, "dash")
+    has_target = len(data) > len(found)
     yield Chart(
         id="chart-sparsity",
         title="Sparsity over the run",
@@ -155,12 +151,8 @@ def churn_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         )
     counted = [r for r in runs if "mask_grown/total" in r.run.train]
     if counted:
-        data = []
-        for run in counted:
-            data.append(_line(run, run.run.train["mask_grown/total"], "grown", shape="hv"))
-            dropped = run.run.train.get("mask_dropped/total")
-            if dropped is not None:
-                data.append(_second(runs, run, dropped, "dropped", "dash", shape="hv"))
+        pair = ("mask_grown/total", "grown"), ("mask_dropped/total", "dropped")
+        data = _pairs(runs, counted, *pair, "dash", shape="hv")
         yield Chart(
             id="chart-grown",
             title="Weights grown and dropped",
@@ -260,12 +252,8 @@ def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
     """FLOPs so far against dense, their shares, and the loss they buy."""
     found = [r for r in runs if "flops/training" in r.run.train]
     if found:
-        data = []
-        for run in found:
-            data.append(_line(run, run.run.train["flops/training"], "spent"))
-            dense = run.run.train.get("flops/training_dense")
-            if dense is not None:
-                data.append(_second(runs, run, dense, "dense", "dot"))
+        pair = ("flops/training", "spent"), ("flops/training_dense", "dense")
+        data = _pairs(runs, found, *pair, "dot")
         yield Chart(
             id="chart-flops",
             title="Training FLOPs so far",
@@ -277,12 +265,8 @@ def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         )
     shared = [r for r in runs if "flops/training_share" in r.run.train]
     if shared:
-        data = []
-        for run in shared:
-            data.append(_line(run, run.run.train["flops/training_share"], "training so far"))
-            inference = run.run.train.get("flops/inference_share")
-            if inference is not None:
-                data.append(_second(runs, run, inference, "inference", "dash"))
+        pair = ("flops/training_share", "training so far"), ("flops/inference_share", "inference")
+        data = _pairs(runs, shared, *pair, "dash")
         yield Chart(
             id="chart-flops-share",
             title="FLOPs as a share of dense",
@@ -343,6 +327,24 @@ def _line(
         "line": {"color": color, "width": 2, "shape": shape},
         "marker": {"size": 5, "color": color},
     }
+
+
+def _pairs(
+    runs: Sequence[ReportRun],
+    found: Sequence[ReportRun],
+    first: tuple[str, str],
+    second: tuple[str, str],
+    dash: str,
+    **line: Any,
+) -> list[dict[str, Any]]:
+    """A line for each run that was found, and a second where it has one: (tag, name) of both."""
+    data = []
+    for run in found:
+        data.append(_line(run, run.run.train[first[0]], first[1], **line))
+        series = run.run.train.get(second[0])
+        if series is not None:
+            data.append(_second(runs, run, series, second[1], dash, **line))
+    return data
 
 
 def _second(runs, run: ReportRun, series: Series, what: str, dash: str, shape: str = "linear"):
