@@ -147,9 +147,9 @@ def collectives_text(found: Mapping[str, Mapping[str, int]]) -> str:
 def described(step: Any) -> dict[str, Any]:
     """What a compiled program takes on each device, as JSON has it.
 
-    step: the program, or what `t5x_sparsity.compiled.describe` has made of it.
+    step: the program, or what `t5x_sparsity.ahead_of_time.program.describe` has made of it.
     """
-    from t5x_sparsity.compiled import CompiledStep, describe
+    from t5x_sparsity.ahead_of_time.program import CompiledStep, describe
 
     step = step if isinstance(step, CompiledStep) else describe(step)
     return {

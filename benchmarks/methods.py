@@ -111,7 +111,7 @@ def train(task: tuple[str, list[str]]) -> dict[str, float]:
 
 def measure(state, events: Path, steps: int) -> dict[str, float]:
     """FLOPs relative to dense, final sparsity, and bytes of extra state a sparse weight."""
-    from t5x_sparsity import flops
+    from t5x_sparsity.monitoring import flops
 
     optimizer = state._optimizer
     plan = optimizer.optimizer_def.plan(state.params)

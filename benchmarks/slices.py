@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commandline.use_devices(1)
     import workload
 
-    from t5x_sparsity import aot
+    from t5x_sparsity.ahead_of_time import slices as aot
 
     if args.method not in workload.methods():
         parser.error(f"unknown method {args.method!r}; choose from {', '.join(workload.methods())}")
@@ -79,7 +79,8 @@ def partitioner_of(args: argparse.Namespace) -> Any:
     """The host's partitioner, over the slice."""
     import workload
 
-    from t5x_sparsity import aot, host
+    from t5x_sparsity import host
+    from t5x_sparsity.ahead_of_time import slices as aot
 
     rules = host.partitioning.standard_logical_axis_rules(
         parameter_partitioning_dims=args.param_dims
@@ -96,7 +97,7 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     import workload
     from jax.sharding import NamedSharding
 
-    from t5x_sparsity import aot
+    from t5x_sparsity.ahead_of_time import slices as aot
 
     partitioner = partitioner_of(args)
     mesh, shape = partitioner.mesh, (args.batch, args.length)

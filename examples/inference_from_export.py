@@ -22,8 +22,8 @@ from flax import linen as nn
 from jax.experimental import sparse
 from tabulate import tabulate
 
+from t5x_sparsity.artifacts.export import load_export
 from t5x_sparsity.embedded import decoder_only, layers
-from t5x_sparsity.export import load_export
 
 
 def decoder(params, activations):

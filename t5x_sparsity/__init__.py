@@ -37,18 +37,18 @@ _NAMES = {
         "StructureDecay",
         "TopKAST",
     ),
-    "core": ("SparsityConfig",),
-    "export": ("load_export",),
-    "metrics": ("sparsity_summary",),
-    "patterns": (
+    "core.config": ("SparsityConfig",),
+    "artifacts.export": ("load_export",),
+    "monitoring.summary": ("sparsity_summary", "summary_table"),
+    "core.patterns": (
         "Block",
         "Channel",
         "ConstantFanIn",
         "NByM",
         "Unstructured",
     ),
-    "plan": ("Rule",),
-    "plugin": (
+    "core.plan": ("Rule",),
+    "t5x": (
         "SparseOptimizer",
         "SparseTrainStateInitializer",
         "checkpoint_step",
@@ -56,7 +56,7 @@ _NAMES = {
         "make_sparse",
         "sparse_trainer",
     ),
-    "schedules": (
+    "core.schedules": (
         "Constant",
         "Cosine",
         "Exponential",

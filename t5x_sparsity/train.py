@@ -43,8 +43,8 @@ def _host_argument(argv: Sequence[str]) -> str | None:
 if __name__ == "__main__" and _host_argument(sys.argv):
     os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
 
+from t5x_sparsity.artifacts.gin_values import check_bindings
 from t5x_sparsity.cli import quiet
-from t5x_sparsity.gin_values import check_bindings
 
 with quiet():
     import gin

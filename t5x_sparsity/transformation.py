@@ -12,20 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from t5x_sparsity import masks as masks_lib
-from t5x_sparsity.algorithms import DENSE, Algorithm
-from t5x_sparsity.core import (
-    SparsityConfig,
-    SparsityState,
-    flatten,
-    init_state,
-    schedules,
-    train_step,
-    unflatten,
-)
-from t5x_sparsity.patterns import Pattern
-from t5x_sparsity.plan import Rule
-from t5x_sparsity.slots import zero_slots
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.config import SparsityConfig
+from t5x_sparsity.core.contract import DENSE, Algorithm
+from t5x_sparsity.core.optimizer_slots import zero_slots
+from t5x_sparsity.core.patterns import Pattern
+from t5x_sparsity.core.plan import Rule, schedules
+from t5x_sparsity.core.train_step import SparsityState, init_state, train_step
+from t5x_sparsity.core.trees import flatten, unflatten
 
 Arrays = Mapping[str, jax.Array]
 
@@ -213,4 +207,4 @@ def find_state(state: Any) -> SparsifyState:
 
 def apply_masks(params: Any, state: Any) -> Any:
     """Params with the pruned weights set to 0. state: of `sparsify`, or one that holds it."""
-    return unflatten(params, masks_lib.apply(flatten(params), find_state(state).sparsity.masks))
+    return unflatten(params, packing.apply(flatten(params), find_state(state).sparsity.masks))

@@ -23,11 +23,11 @@ from t5x_sparsity import (
     SparsityConfig,
     Static,
     apply_masks,
-    masks,
     sparsify,
 )
-from t5x_sparsity.core import flatten, unflatten
-from t5x_sparsity.slots import zero_slots
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.optimizer_slots import zero_slots
+from t5x_sparsity.core.trees import flatten, unflatten
 from t5x_sparsity.transformation import find_state
 
 # an update at step 2 alone, which swaps half of the weights
@@ -72,7 +72,7 @@ def mask_tree(params, state):
     """path -> mask on the host."""
     shapes = {p: x.shape for p, x in flatten(params).items()}
     stored = find_state(state).sparsity.masks
-    return {p: np.asarray(masks.unpack(m, shapes[p])) for p, m in stored.items()}
+    return {p: np.asarray(packing.unpack(m, shapes[p])) for p, m in stored.items()}
 
 
 def with_history(state):

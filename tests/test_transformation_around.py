@@ -33,7 +33,8 @@ from t5x_sparsity import (
     apply_masks,
     sparsify,
 )
-from t5x_sparsity.core import flatten, init_state, train_step, unflatten
+from t5x_sparsity.core.train_step import init_state, train_step
+from t5x_sparsity.core.trees import flatten, unflatten
 from t5x_sparsity.transformation import find_state
 
 

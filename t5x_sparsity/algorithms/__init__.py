@@ -2,16 +2,10 @@
 
 from t5x_sparsity.algorithms.acdc import ACDC
 from t5x_sparsity.algorithms.adam_fisher import AdamFisher
-from t5x_sparsity.algorithms.base import (
-    DENSE,
-    Algorithm,
-    Need,
-    Update,
+from t5x_sparsity.algorithms.common import (
     choose,
-    dense_masks,
     grown,
     magnitudes,
-    prune,
     random_scores,
     scheduled_kept,
     start_scores,
@@ -29,6 +23,7 @@ from t5x_sparsity.algorithms.snfs import SNFS
 from t5x_sparsity.algorithms.srigl import SRigL
 from t5x_sparsity.algorithms.straight_through import SRSTE, MagnitudeSTE, RandomSTE, StraightThrough
 from t5x_sparsity.algorithms.top_kast import TopKAST
+from t5x_sparsity.core.contract import DENSE, Algorithm, Need, Update, dense_masks, prune
 
 __all__ = [
     "ACDC",

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Algorithm, Arrays, Need, Update, choose, grown, magnitudes
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Periodic
+from t5x_sparsity.algorithms.common import choose, grown, magnitudes
+from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Update
+from t5x_sparsity.core.schedules import Periodic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

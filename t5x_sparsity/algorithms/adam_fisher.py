@@ -7,10 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Arrays, Update
 from t5x_sparsity.algorithms.gradual import GradualPruning
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.slots import second_moments
+from t5x_sparsity.core.contract import Arrays, Plan, Update
+from t5x_sparsity.core.optimizer_slots import second_moments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_sparsity.algorithms.base import (
-    Arrays,
-    Need,
-    Update,
-    choose,
-    magnitudes,
-    prune,
-    require_pattern,
-)
+from t5x_sparsity.algorithms.common import choose, magnitudes, require_pattern
 from t5x_sparsity.algorithms.straight_through import UnderMask
-from t5x_sparsity.patterns import NByM
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Polynomial, UpdateSchedule, ValueSchedule
+from t5x_sparsity.core.contract import Arrays, Need, Plan, Update, prune
+from t5x_sparsity.core.patterns import NByM
+from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import (
-    Algorithm,
-    Arrays,
-    Need,
-    Update,
-    choose,
-    grown,
-    magnitudes,
-    random_scores,
-    start_scores,
-)
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Cosine, UpdateSchedule, ValueSchedule
+from t5x_sparsity.algorithms.common import choose, grown, magnitudes, random_scores, start_scores
+from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Update
+from t5x_sparsity.core.schedules import Cosine, UpdateSchedule, ValueSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

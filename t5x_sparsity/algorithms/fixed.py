@@ -6,9 +6,9 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.base import Algorithm, Arrays, choose, start_scores
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Never
+from t5x_sparsity.algorithms.common import choose, start_scores
+from t5x_sparsity.core.contract import Algorithm, Arrays, Plan
+from t5x_sparsity.core.schedules import Never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Update, choices, choose, scheduled_kept
+from t5x_sparsity.algorithms.common import choices, choose, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
+from t5x_sparsity.algorithms.lamp import lamp_masks
 from t5x_sparsity.algorithms.saliency import Saliency
-from t5x_sparsity.alike import map_alike
-from t5x_sparsity.lamp import lamp_masks
-from t5x_sparsity.plan import LayerPlan, Plan
-from t5x_sparsity.select import Count
-from t5x_sparsity.selection import select_jointly
-from t5x_sparsity.sums import ordered_sum
+from t5x_sparsity.core.contract import LayerPlan, Plan, Update
+from t5x_sparsity.core.exact_sums import ordered_sum
+from t5x_sparsity.core.selection import select_jointly
+from t5x_sparsity.core.stacking import map_alike
+from t5x_sparsity.core.topk import Count
 
 NORMALIZATIONS = ("norm", "lamp", None)
 

@@ -6,16 +6,9 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.base import (
-    Algorithm,
-    Update,
-    choose,
-    magnitudes,
-    random_scores,
-    scheduled_kept,
-)
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Polynomial, UpdateSchedule, ValueSchedule
+from t5x_sparsity.algorithms.common import choose, magnitudes, random_scores, scheduled_kept
+from t5x_sparsity.core.contract import Algorithm, Plan, Update
+from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,18 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import (
-    Arrays,
-    Need,
-    Update,
-    choose,
-    magnitudes,
-    scheduled_kept,
-    start_scores,
-)
+from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow, swap
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Cosine, Polynomial, ValueSchedule
+from t5x_sparsity.core.contract import Arrays, Need, Plan, Update
+from t5x_sparsity.core.schedules import Cosine, Polynomial, ValueSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

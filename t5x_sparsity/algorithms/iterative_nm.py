@@ -6,16 +6,10 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.base import (
-    Arrays,
-    Update,
-    choose,
-    require_pattern,
-    scheduled_kept,
-)
+from t5x_sparsity.algorithms.common import choose, require_pattern, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
-from t5x_sparsity.patterns import NByM
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.core.contract import Arrays, Plan, Update
+from t5x_sparsity.core.patterns import NByM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

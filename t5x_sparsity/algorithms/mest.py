@@ -7,9 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Need, Update
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.core.contract import Need, Plan, Update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Arrays, Slots, Update
 from t5x_sparsity.algorithms.gradual import GradualPruning
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.core.contract import Arrays, Plan, Slots, Update
 
 _SUMS = "gradient_sums"
 

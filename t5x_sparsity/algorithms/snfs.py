@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Arrays, Need, Slots, Update, magnitudes
+from t5x_sparsity.algorithms.common import magnitudes
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow
-from t5x_sparsity.plan import Plan
+from t5x_sparsity.core.contract import Arrays, Need, Plan, Slots, Update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import Arrays, Update, choices, magnitudes, require_pattern
+from t5x_sparsity.algorithms.common import choices, magnitudes, require_pattern
 from t5x_sparsity.algorithms.drop_and_grow import RigL
-from t5x_sparsity.patterns import ConstantFanIn, Unstructured
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.select import top_k_mask
-from t5x_sparsity.selection import select_masks
+from t5x_sparsity.core.contract import Arrays, Plan, Update
+from t5x_sparsity.core.patterns import ConstantFanIn, Unstructured
+from t5x_sparsity.core.selection import select_masks
+from t5x_sparsity.core.topk import top_k_mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.base import (
-    DENSE,
-    Algorithm,
-    Arrays,
-    Need,
-    Update,
-    choose,
-    magnitudes,
-    scheduled_kept,
-    start_scores,
-)
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Constant, UpdateSchedule, ValueSchedule
+from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
+from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Need, Plan, Update
+from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule
 
 
 class UnderMask(Algorithm):

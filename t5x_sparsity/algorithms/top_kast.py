@@ -7,21 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity import masks as masks_lib
-from t5x_sparsity.algorithms.base import (
-    DENSE,
-    Arrays,
-    Need,
-    Slots,
-    Update,
-    choose,
-    magnitudes,
-    scheduled_kept,
-)
+from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept
 from t5x_sparsity.algorithms.straight_through import UnderMask
-from t5x_sparsity.alike import pack_alike
-from t5x_sparsity.plan import Plan
-from t5x_sparsity.schedules import Constant, UpdateSchedule, ValueSchedule
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.contract import DENSE, Arrays, Need, Plan, Slots, Update
+from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule
+from t5x_sparsity.core.stacking import pack_alike
 
 _BACKWARD = "backward"
 
@@ -91,6 +82,6 @@ class TopKAST(UnderMask):
             w, mask = update.weights[path].astype(g.dtype), update.masks[path]
             density = max(1 - plan[path].level, 1 / plan[path].units)
             penalty = self.regularizer * jnp.where(mask, w, w / density)
-            explored = masks_lib.unpack(update.slots[_BACKWARD][path], g.shape)
+            explored = packing.unpack(update.slots[_BACKWARD][path], g.shape)
             found[path] = jnp.where(explored, g + penalty, jnp.zeros((), g.dtype))
         return found

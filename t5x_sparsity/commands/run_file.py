@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from t5x_sparsity import host
+from t5x_sparsity.artifacts.gin_values import check_bindings
 from t5x_sparsity.commands import CommandError, one_line
-from t5x_sparsity.core import flatten
-from t5x_sparsity.gin_values import check_bindings
-from t5x_sparsity.plugin import SparseTrainStateInitializer
+from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.t5x import SparseTrainStateInitializer
 
 # Stand-ins: a plan needs no folder, and what makes a task may read data.
 _NO_MODEL_DIR, _NO_TASK = "no_model_dir", "no_task"

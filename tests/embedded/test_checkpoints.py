@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import embedded_micro as micro
 import jax
 import jax.numpy as jnp
+import micro_model as micro
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec

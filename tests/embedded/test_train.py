@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
-import embedded_micro as micro
 import jax
 import jax.numpy as jnp
+import micro_model as micro
 import numpy as np
 import pytest
 from absl import logging

@@ -6,9 +6,9 @@ import threading
 
 import clu.metrics
 import clu.values
-import embedded_micro as micro
 import jax
 import jax.numpy as jnp
+import micro_model as micro
 import numpy as np
 import optax
 import pytest

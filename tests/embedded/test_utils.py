@@ -8,8 +8,8 @@ import subprocess
 import sys
 import warnings
 
-import embedded_micro as micro
 import jax
+import micro_model as micro
 import numpy as np
 import pytest
 import seqio

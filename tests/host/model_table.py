@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rig
 import seqio
+import tiny_t5
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh
@@ -29,14 +29,14 @@ class Case(NamedTuple):
     sparse: str
     slices: tuple[int, int | None] = (1, None)
     optimizer: Callable | str = "adamw"
-    partitioner: Callable = lambda: rig.MeshPartitioner(2, 2)
+    partitioner: Callable = lambda: tiny_t5.MeshPartitioner(2, 2)
     base: Callable = lambda: host.Trainer
     arguments: Callable = dict
 
 
 def _sizes(**kwargs):
     return dict(
-        vocab_size=rig.VOCAB,
+        vocab_size=tiny_t5.VOCAB,
         dtype="float32",
         emb_dim=64,
         num_heads=4,
@@ -137,7 +137,7 @@ class Mixture(nn.Module):
         table = flax_partitioning.param_with_axes(
             "embedding",
             nn.initializers.normal(1.0),
-            (rig.VOCAB, self.width),
+            (tiny_t5.VOCAB, self.width),
             jnp.float32,
             axes=("vocab", "embed"),
         )

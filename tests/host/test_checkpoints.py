@@ -5,27 +5,28 @@ import json
 import re
 import shutil
 
+import inprocess_runs
 import numpy as np
 import pytest
-import rig
-import whole_runs
-from whole_runs import assert_same, restore_dense, run
+import tiny_t5
+from inprocess_runs import assert_same, restore_dense, run
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
-from t5x_sparsity.plugin import checkpoint_step, from_dense
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
+from t5x_sparsity.t5x import checkpoint_step, from_dense
 
 PATHS = ["mlp_wi", "mlp_wo"]
 
 
 def rigl(sparsity=0.5, begin=1, end=7, period=2, **kwargs):
-    return rig.rigl(sparsity, begin=begin, end=end, period=period, **kwargs)
+    return tiny_t5.rigl(sparsity, begin=begin, end=end, period=period, **kwargs)
 
 
 def mask(leaves, path):
     stored, shape = leaves[f"state/sparsity/masks/{path}"], leaves[f"target/{path}"].shape
     assert stored.size * 8 == np.prod(shape)
-    return np.asarray(masks.unpack(stored, shape))
+    return np.asarray(packing.unpack(stored, shape))
 
 
 def largest(weight, share, stack_axis):
@@ -281,7 +282,7 @@ def test_a_checkpoint_after_the_last_update_is_refused(tmp_path, dense):
 
 
 def test_another_model_is_refused_by_its_weights(tmp_path, dense):
-    build = functools.partial(whole_runs.stacked, names=("mlp", "more"))
+    build = functools.partial(inprocess_runs.stacked, names=("mlp", "more"))
     message = refused(
         tmp_path / "run", STATIC, restore=restore_dense(dense[0] / "checkpoint_4"), build=build
     )
@@ -335,7 +336,7 @@ def test_part_of_the_optimizers_state_is_refused():
 # Formats that only T5X writes.
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 def test_legacy_checkpoints_resume_exactly(tmp_path, sparse):
     kwargs = {"use_orbax": False, "save": {"save_dataset": False}}
     whole = run(tmp_path / "whole", rigl(), 4, **kwargs)
@@ -349,7 +350,7 @@ def test_legacy_checkpoints_resume_exactly(tmp_path, sparse):
     assert_same(run(tmp_path / "parts", rigl(), 2, save={"save_dataset": False}), again)
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 def test_a_legacy_dense_checkpoint_starts_a_sparse_run(tmp_path):
     kwargs = {"use_orbax": False, "save": {"save_dataset": False}}
     trained = run(tmp_path / "dense", None, 4, **kwargs)

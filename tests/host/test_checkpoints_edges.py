@@ -3,17 +3,18 @@
 import json
 import shutil
 
+import inprocess_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rig
-import whole_runs
-from whole_runs import restore_dense, run
+import tiny_t5
+from inprocess_runs import restore_dense, run
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
-from t5x_sparsity.plugin import from_dense
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
+from t5x_sparsity.t5x import from_dense
 
 STATIC = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.5)
 
@@ -167,13 +168,13 @@ def test_dense_weights_have_their_weights_dtype(tmp_path, dense):
         for path in ("mlp_wi", "mlp_wo"):
             weight, whole = leaves[f"target/{path}"], leaves[f"state/sparsity/dense/{path}"]
             assert weight.dtype == whole.dtype == dtype
-            kept = np.asarray(masks.unpack(leaves[f"state/sparsity/masks/{path}"], weight.shape))
+            kept = np.asarray(packing.unpack(leaves[f"state/sparsity/masks/{path}"], weight.shape))
             np.testing.assert_array_equal(weight, np.where(kept, whole, 0))
 
 
 def test_another_step_leaves_a_state_from_scratch_its_masks():
     config = periodic(ts.RandomSTE, end=20)
-    initializer, _, _ = rig.initializer(config, build=whole_runs.stacked)
+    initializer, _, _ = tiny_t5.initializer(config, build=inprocess_runs.stacked)
     state = initializer.from_scratch(jax.random.PRNGKey(0))
     moved = state.replace_step(jnp.asarray(7, jnp.int32))
     assert int(moved.step) == 7

@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 import pytest
-import rig
-from runs import UNOPTIMIZED, environment
+import tiny_t5
+from command_runs import UNOPTIMIZED, environment
 
-from t5x_sparsity import masks
+from t5x_sparsity.core import packing
 
-pytestmark = [rig.t5x_only, pytest.mark.slow]
+pytestmark = [tiny_t5.t5x_only, pytest.mark.slow]
 
 # each host in a process of its own: a process has one
 SCRIPT = """
@@ -52,7 +52,7 @@ def train(
     result = f"{model_dir}_{steps}.npz"
     text = SCRIPT.format(
         host=name,
-        paths=[str(rig.ROOT / "tests/host"), str(rig.ROOT / "tests")],
+        paths=[str(tiny_t5.ROOT / "tests/host"), str(tiny_t5.ROOT / "tests")],
         model_dir=str(model_dir),
         steps=steps,
         sparse=sparse,
@@ -83,7 +83,9 @@ def assert_same(a, b):
 def kept(leaves):
     prefix = "state/sparsity/masks/"
     stored = {k[len(prefix) :]: v for k, v in leaves.items() if k.startswith(prefix)}
-    found = {p: np.asarray(masks.unpack(v, leaves[f"target/{p}"].shape)) for p, v in stored.items()}
+    found = {
+        p: np.asarray(packing.unpack(v, leaves[f"target/{p}"].shape)) for p, v in stored.items()
+    }
     assert found
     return found
 

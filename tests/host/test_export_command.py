@@ -5,16 +5,17 @@ import json
 import re
 import shutil
 
+import inprocess_runs
 import jax
 import numpy as np
 import pytest
-import rig
-import whole_runs
+import tiny_t5
 from safetensors.numpy import load_file
 
 import t5x_sparsity as ts
-from t5x_sparsity import cli, masks
-from t5x_sparsity.export import load_export
+from t5x_sparsity import cli
+from t5x_sparsity.artifacts.export import load_export
+from t5x_sparsity.core import packing
 
 UPDATES = ts.Periodic(begin=1, end=7, period=2)
 
@@ -27,13 +28,13 @@ def config(rules=()):
 def rigl(tmp_path_factory):
     """The folder of a sparse run that ended at step 4, and its leaves."""
     folder = tmp_path_factory.mktemp("rigl") / "run"
-    return folder, whole_runs.run(folder, config(), 4)
+    return folder, inprocess_runs.run(folder, config(), 4)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense") / "run"
-    return folder, whole_runs.run(folder, None, 2)
+    return folder, inprocess_runs.run(folder, None, 2)
 
 
 def export(capsys, *arguments):
@@ -77,7 +78,7 @@ def test_a_compressed_export_has_the_weights_and_the_masks(capsys, tmp_path, rig
     assert found.keys() == {"mlp_wi", "mlp_wo"}
     for path, mask in found.items():
         stored = leaves[f"state/sparsity/masks/{path}"]
-        np.testing.assert_array_equal(mask, masks.unpack(stored, leaves[f"target/{path}"].shape))
+        np.testing.assert_array_equal(mask, packing.unpack(stored, leaves[f"target/{path}"].shape))
     # what has just grown is 0, and kept
     kept = sum(m.sum() for m in found.values())
     bcoo = load_export(out, "bcoo", flat=True)
@@ -99,7 +100,7 @@ def test_patterns_of_stacked_layers_and_weights_under_a_mask(capsys, tmp_path):
             algorithm=ts.MagnitudeSTE(updates=UPDATES),
         ),
     ]
-    leaves = whole_runs.run(tmp_path / "run", config(rules), 2)
+    leaves = inprocess_runs.run(tmp_path / "run", config(rules), 2)
     out = tmp_path / "x.safetensors"
     code, text, _ = export(capsys, tmp_path / "run", out, "--format=compressed", "--json")
     assert code == 0
@@ -111,7 +112,7 @@ def test_patterns_of_stacked_layers_and_weights_under_a_mask(capsys, tmp_path):
     found = load_export(out, "masks")
     for path, mask in found.items():
         stored = leaves[f"state/sparsity/masks/{path}"]
-        np.testing.assert_array_equal(mask, masks.unpack(stored, mask.shape))
+        np.testing.assert_array_equal(mask, packing.unpack(stored, mask.shape))
     # of the weights under a mask, those that the model sees: not the dense ones beneath
     assert_same(load_export(out, flat=True), leaves)
     dense = leaves["state/sparsity/dense/mlp_wo"]
@@ -124,8 +125,8 @@ def test_an_exported_model_computes_what_the_checkpoint_does(capsys, tmp_path, r
     folder, leaves = rigl
     out = tmp_path / "x.safetensors"
     assert export(capsys, folder, out, "--format=compressed", "--smallest")[0] == 0
-    tokens = rig.batch()["decoder_input_tokens"]
-    module = rig.Stacked(width=32, mlp_dim=64)
+    tokens = tiny_t5.batch()["decoder_input_tokens"]
+    module = tiny_t5.Stacked(width=32, mlp_dim=64)
     target = {k.removeprefix("target/"): x for k, x in leaves.items() if k.startswith("target/")}
     ours = module.apply({"params": load_export(out)}, tokens, tokens)
     np.testing.assert_array_equal(ours, module.apply({"params": target}, tokens, tokens))
@@ -220,7 +221,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, tmp_path, rigl, monk
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("t5x_sparsity.tensor_files.shutil.copyfileobj", full)
+    monkeypatch.setattr("t5x_sparsity.artifacts.tensor_files.shutil.copyfileobj", full)
     code, out, err = export(capsys, rigl[0], tmp_path / "x.safetensors")
     assert code == 2 and not out and not list(tmp_path.iterdir())
     (line,) = err.splitlines()

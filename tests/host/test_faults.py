@@ -3,21 +3,22 @@
 import gc
 import shutil
 
+import command_runs
+import disturbed_runs
 import flax.core
-import inprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rig
-import runs
+import tiny_t5
 from jax.sharding import PartitionSpec
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
-from t5x_sparsity.core import flatten
-from t5x_sparsity.plugin import SparseOptimizer
-from t5x_sparsity.plugin.optimizer import StepKind
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.t5x import SparseOptimizer
+from t5x_sparsity.t5x.optimizer import StepKind
 
 EVERY = ts.Periodic(begin=0, end=20, period=2)
 ALGORITHMS = {
@@ -38,7 +39,7 @@ def stepper(algorithm):
         "bias": jnp.zeros(SHAPE[1:]),
     }
     config = ts.SparsityConfig(algorithm=algorithm, sparsity=0.75)
-    optimizer = SparseOptimizer(rig.OPTIMIZERS["sgd"](), config)
+    optimizer = SparseOptimizer(tiny_t5.OPTIMIZERS["sgd"](), config)
     optimizer.set_param_axes(flax.core.freeze(AXES))
 
     @jax.jit
@@ -62,7 +63,7 @@ def gradients(i, bad=None):
 
 
 def mask_of(state):
-    return np.asarray(masks.unpack(state.state.sparsity.masks["kernel"], SHAPE))
+    return np.asarray(packing.unpack(state.state.sparsity.masks["kernel"], SHAPE))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
@@ -96,9 +97,9 @@ def test_masks_keep_their_count_whatever_the_gradients(name, bad):
 def whole(tmp_path_factory):
     """(model_dir, leaves at the end) of a run that nothing happened to."""
     model_dir = tmp_path_factory.mktemp("whole") / "run"
-    step, state = inprocess.train(model_dir)
-    assert step == inprocess.STEPS
-    return model_dir, rig.leaves(state)
+    step, state = disturbed_runs.train(model_dir)
+    assert step == disturbed_runs.STEPS
+    return model_dir, tiny_t5.leaves(state)
 
 
 def checkpoints_in(folder):
@@ -110,7 +111,7 @@ def test_a_nan_loss_stops_a_sparse_run(tmp_path, nan_at):
     """By the host's own action; masks updated by the NaN gradient have kept their count."""
     action = host.trainer.TerminateOnNanAction(task="train", metric="loss")
     optimizer = "adamw" if nan_at == 4 else "sgd"
-    step, state = inprocess.train(
+    step, state = disturbed_runs.train(
         tmp_path, nan_at=[nan_at], actions={"TRAIN": [action]}, optimizer=optimizer
     )
     assert step == nan_at + 1 == max(checkpoints_in(tmp_path))
@@ -120,7 +121,7 @@ def test_a_nan_loss_stops_a_sparse_run(tmp_path, nan_at):
     assert stored
     for path, mask in stored.items():
         layer = plan[path]
-        mask = np.asarray(masks.unpack(mask, layer.shape))
+        mask = np.asarray(packing.unpack(mask, layer.shape))
         per_slice = mask.sum(tuple(a for a in range(mask.ndim) if a not in layer.stack_axes))
         assert (per_slice == layer.kept).all(), path
         assert (np.asarray(weights[path])[~mask] == 0).all(), path
@@ -140,11 +141,11 @@ def test_a_preempted_run_saves_and_goes_on_exactly(tmp_path, whole):
             return summary
 
     with pytest.raises(host.trainer.PreemptionError, match="needed elsewhere"):
-        inprocess.train(tmp_path, base=Preempted)
+        disturbed_runs.train(tmp_path, base=Preempted)
     assert max(checkpoints_in(tmp_path)) == 5
-    step, state = inprocess.train(tmp_path)
-    assert step == inprocess.STEPS
-    runs.assert_equal(rig.leaves(state), whole[1])
+    step, state = disturbed_runs.train(tmp_path)
+    assert step == disturbed_runs.STEPS
+    command_runs.assert_equal(tiny_t5.leaves(state), whole[1])
 
 
 def cut(path):
@@ -194,20 +195,22 @@ def reads_left_behind():
 def test_a_torn_checkpoint_is_passed_over_or_named(tmp_path, whole, tear, reads_left_behind):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
-    last = run / f"checkpoint_{inprocess.STEPS}"
+    last = run / f"checkpoint_{disturbed_runs.STEPS}"
     TEARS[tear](last)
     with pytest.raises(Exception) as caught:
-        inprocess.train(run, inprocess.STEPS + 2, base=Starts)
+        disturbed_runs.train(run, disturbed_runs.STEPS + 2, base=Starts)
     if isinstance(caught.value, Started):
-        assert caught.value.args == (inprocess.STEPS - 2,)
+        assert caught.value.args == (disturbed_runs.STEPS - 2,)
         assert tear in ("state lost", "all lost", "never completed")
         return
     message = str(caught.value)
     assert str(last) in message
     if tear not in FOUND_BY_ORBAX:
-        assert f"move that folder away to go on from checkpoint_{inprocess.STEPS - 2}" in message
+        assert (
+            f"move that folder away to go on from checkpoint_{disturbed_runs.STEPS - 2}" in message
+        )
     # nothing has been taken away, and what is said to help does
     assert last.is_dir()
     shutil.rmtree(last)
-    with pytest.raises(Started, match=str(inprocess.STEPS - 2)):
-        inprocess.train(run, inprocess.STEPS + 2, base=Starts)
+    with pytest.raises(Started, match=str(disturbed_runs.STEPS - 2)):
+        disturbed_runs.train(run, disturbed_runs.STEPS + 2, base=Starts)

@@ -4,15 +4,16 @@ import sys
 import types
 
 import gin
+import inprocess_runs
 import numpy as np
 import pytest
-import rig
-import whole_runs
+import tiny_t5
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
 
-pytestmark = rig.t5x_only
+pytestmark = tiny_t5.t5x_only
 
 STEPS = 4
 
@@ -22,7 +23,7 @@ def example(monkeypatch):
     """The example. The package t5 registers its tasks when imported, and it is a large one."""
     for name in ("t5", "t5.data", "t5.data.mixtures", "t5.data.tasks"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.syspath_prepend(str(rig.ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(tiny_t5.ROOT / "examples"))
     import t5x_fiddle_rigl
 
     return t5x_fiddle_rigl
@@ -36,20 +37,20 @@ def shrink(run):
     net = run.model.module.config
     net.emb_dim = net.mlp_dim = 32
     net.num_heads = net.num_encoder_layers = net.num_decoder_layers = 1
-    net.head_dim, net.vocab_size, net.dtype = 16, rig.VOCAB, "float32"
+    net.head_dim, net.vocab_size, net.dtype = 16, tiny_t5.VOCAB, "float32"
     run.model.input_vocabulary = fdl.Config(seqio.ByteVocabulary)
     run.model.output_vocabulary = fdl.Config(seqio.ByteVocabulary)
     features = ("inputs", "targets")
     for name in ("train_dataset_cfg", "train_eval_dataset_cfg"):
         data = getattr(run, name)
-        data.mixture_or_task_name = whole_runs.task(features)
-        data.task_feature_lengths = dict.fromkeys(features, whole_runs.LENGTH)
-        data.batch_size, data.use_cached, data.pack = whole_runs.BATCH, False, False
+        data.mixture_or_task_name = inprocess_runs.task(features)
+        data.task_feature_lengths = dict.fromkeys(features, inprocess_runs.LENGTH)
+        data.batch_size, data.use_cached, data.pack = inprocess_runs.BATCH, False, False
     run.infer_eval_dataset_cfg = None
     run.eval_steps, run.eval_period, run.random_seed = 1, 2, 0
     run.checkpoint_cfg.save.period = 2
     # T5X on CPU would split the model over all of the devices
-    run.partitioner = fdl.Config(rig.MeshPartitioner)
+    run.partitioner = fdl.Config(tiny_t5.MeshPartitioner)
     return run
 
 
@@ -59,13 +60,15 @@ def trained(run):
     from t5x import config_utils
 
     start = fdl.build(fdl.cast(fdl.Partial, config_utils.prepare_to_summarize(run)))
-    return whole_runs.leaves(start()[1])
+    return inprocess_runs.leaves(start()[1])
 
 
 def kept(leaves):
     prefix = "state/sparsity/masks/"
     stored = {k[len(prefix) :]: v for k, v in leaves.items() if k.startswith(prefix)}
-    return {p: np.asarray(masks.unpack(v, leaves[f"target/{p}"].shape)) for p, v in stored.items()}
+    return {
+        p: np.asarray(packing.unpack(v, leaves[f"target/{p}"].shape)) for p, v in stored.items()
+    }
 
 
 @pytest.mark.slow
@@ -115,7 +118,7 @@ def test_the_example_is_what_the_include_binds(example):
     import fiddle as fdl
 
     run = example.small_c4_rigl("/a/run", 0.9, train_steps=1000)
-    with rig.gin_script() as parse:
+    with tiny_t5.gin_script() as parse:
         parse("include 'sparsity/rigl.gin'\nTRAIN_STEPS = 1000\nSPARSITY = 0.9")
         include = gin.get_configurable(ts.SparsityConfig)()
     assert fdl.build(run.train_state_initializer_cls.config) == include

@@ -1,14 +1,15 @@
 """The include that starts a sparse run from a dense checkpoint, and a run by it."""
 
+import command_runs
 import gin
 import numpy as np
 import pytest
-import rig
-import runs
-from runs import saved, write_run
+import tiny_t5
+from command_runs import saved, write_run
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
 
 FROM_DENSE = "include 'sparsity/from_dense.gin'\n"
 RIGL = "include 'sparsity/rigl.gin'\nTRAIN_STEPS = 1400\n"
@@ -17,7 +18,7 @@ PATH = "INITIAL_CHECKPOINT_PATH = '/a/checkpoint_1000'\n"
 
 @pytest.fixture
 def configure():
-    with rig.gin_script() as parse:
+    with tiny_t5.gin_script() as parse:
         yield lambda text, *bindings: parse(text, *bindings)()
 
 
@@ -74,7 +75,7 @@ def test_relative_steps_are_refused_where_shares_are_of_train_steps(configure):
 
 
 def run(*arguments, **kwargs):
-    done = runs.run(*arguments, **kwargs)
+    done = command_runs.run(*arguments, **kwargs)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
@@ -97,7 +98,7 @@ def test_a_run_by_the_include(tmp_path):
     for name, stored in end.items():
         if name.startswith("state/sparsity/masks/"):
             weight = end["target/" + name.removeprefix("state/sparsity/masks/")]
-            kept = np.asarray(masks.unpack(stored, weight.shape))
+            kept = np.asarray(packing.unpack(stored, weight.shape))
             assert abs(kept.sum() - 0.2 * kept.size) <= 1 and (weight[~kept] == 0).all()
             checked += 1
     assert checked == 7

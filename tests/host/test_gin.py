@@ -5,15 +5,15 @@ import re
 
 import gin
 import pytest
-import rig
+import tiny_t5
 
 import t5x_sparsity as ts
-from t5x_sparsity.plugin import SparseTrainStateInitializer, sparse_trainer
-from t5x_sparsity.plugin.gin_checks import MACROS
+from t5x_sparsity.t5x import SparseTrainStateInitializer, sparse_trainer
+from t5x_sparsity.t5x.gin_checks import MACROS
 
 METHODS = sorted(
     p.stem
-    for p in (rig.ROOT / "gin/sparsity").glob("*.gin")
+    for p in (tiny_t5.ROOT / "gin/sparsity").glob("*.gin")
     if p.stem not in ("base", "from_dense")
 )
 WITHOUT_STEPS = ("dense", "static")
@@ -22,7 +22,7 @@ WITHOUT_STEPS = ("dense", "static")
 @pytest.fixture
 def configure():
     """Parses gin text as a run does, and returns what train() is called with."""
-    with rig.gin_script() as parse:
+    with tiny_t5.gin_script() as parse:
         yield lambda text, *bindings: parse(text, *bindings)()
 
 
@@ -160,7 +160,7 @@ SET = {
 
 
 def macros_of(method):
-    text = (rig.ROOT / f"gin/sparsity/{method}.gin").read_text()
+    text = (tiny_t5.ROOT / f"gin/sparsity/{method}.gin").read_text()
     return [line.split(" = ")[0] for line in text.splitlines() if re.match("[A-Z_]+ = ", line)]
 
 
@@ -193,7 +193,7 @@ def test_every_macro_that_the_checks_know_is_in_a_file():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_macro_has_its_comment(method):
-    text = (rig.ROOT / f"gin/sparsity/{method}.gin").read_text()
+    text = (tiny_t5.ROOT / f"gin/sparsity/{method}.gin").read_text()
     for name in macros_of(method):
         assert re.search(rf"\n\n(# .+\n)+{name} = ", text), name
 

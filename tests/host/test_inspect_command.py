@@ -6,17 +6,18 @@ import re
 import shutil
 import sys
 
+import checkpoint_files as files
+import command_runs
+import inprocess_runs
 import numpy as np
 import pytest
-import rig
-import runs
-import saved_checkpoints as files
-import whole_runs
+import tiny_t5
 
 import t5x_sparsity as ts
-from t5x_sparsity import cli, masks, saved_arrays
-from t5x_sparsity.commands import inspect_weights
-from t5x_sparsity.saved import SavedArray, open_checkpoint
+from t5x_sparsity import cli
+from t5x_sparsity.artifacts import checkpoint_arrays
+from t5x_sparsity.artifacts.checkpoint import SavedArray, open_checkpoint
+from t5x_sparsity.core import packing
 
 RNG = np.random.default_rng(0)
 
@@ -25,14 +26,14 @@ RNG = np.random.default_rng(0)
 def sparse(tmp_path_factory):
     """The folder of a sparse run of stacked layers, saved at 0, 2 and 4."""
     folder = tmp_path_factory.mktemp("sparse") / "run"
-    whole_runs.run(folder, rig.rigl(0.5, begin=1, end=7, period=2), 4)
+    inprocess_runs.run(folder, tiny_t5.rigl(0.5, begin=1, end=7, period=2), 4)
     return folder
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense") / "run"
-    whole_runs.run(folder, None, 4)
+    inprocess_runs.run(folder, None, 4)
     return folder
 
 
@@ -62,7 +63,9 @@ def row(text, name):
 def masks_of(leaves):
     prefix = "state/sparsity/masks/"
     stored = {k.removeprefix(prefix): x for k, x in leaves.items() if k.startswith(prefix)}
-    return {p: np.asarray(masks.unpack(x, leaves[f"target/{p}"].shape)) for p, x in stored.items()}
+    return {
+        p: np.asarray(packing.unpack(x, leaves[f"target/{p}"].shape)) for p, x in stored.items()
+    }
 
 
 # what runs saved ----------------------------------------------------------------------------------
@@ -70,7 +73,7 @@ def masks_of(leaves):
 
 def test_a_run_is_shown_as_it_is(capsys, sparse):
     found = as_json(capsys, sparse)
-    leaves = runs.saved(sparse, 4)
+    leaves = command_runs.saved(sparse, 4)
     assert found["path"] == str(sparse / "checkpoint_4") and found["step"] == 4
     assert found["layout"] == "orbax" and found["is_sparse"] and found["masks"] == 2
     assert found["algorithms"] == ["RigL"] and found["patterns"] == ["Unstructured()"]
@@ -117,7 +120,7 @@ def test_the_table_has_the_numbers_of_the_json(capsys, sparse):
 
 
 def test_steps_are_compared(capsys, sparse):
-    a, b = runs.saved(sparse, 2), runs.saved(sparse, 4)
+    a, b = command_runs.saved(sparse, 2), command_runs.saved(sparse, 4)
     found = as_json(capsys, sparse / "checkpoint_2", "--compare", sparse)
     assert found["checkpoint"]["step"] == 2 and found["other"]["step"] == 4
     rows = {r["path"]: r for r in found["weights"]}
@@ -162,7 +165,7 @@ def test_sparse_is_compared_with_dense(capsys, sparse, dense):
 
 
 def test_what_several_devices_saved_is_read_alike(capsys, tmp_path):
-    leaves = whole_runs.run(tmp_path / "run", rig.rigl(0.5), 0, mesh=(2, 2))
+    leaves = inprocess_runs.run(tmp_path / "run", tiny_t5.rigl(0.5), 0, mesh=(2, 2))
     found = open_checkpoint(str(tmp_path / "run"))
     wi = found.weights["mlp_wi"]
     assert wi.chunk_shape != wi.shape
@@ -173,10 +176,10 @@ def test_what_several_devices_saved_is_read_alike(capsys, tmp_path):
     assert rows["mlp_wi"]["kept"] == masks_of(leaves)["mlp_wi"].sum()
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 def test_t5x_own_layout_is_read_alike(capsys, tmp_path, sparse):
-    config = rig.rigl(0.5, begin=1, end=7, period=2)
-    whole_runs.run(tmp_path / "own", config, 4, use_orbax=False, save={"save_dataset": False})
+    config = tiny_t5.rigl(0.5, begin=1, end=7, period=2)
+    inprocess_runs.run(tmp_path / "own", config, 4, use_orbax=False, save={"save_dataset": False})
     found, expected = as_json(capsys, tmp_path / "own"), as_json(capsys, sparse)
     assert found["layout"] == "t5x"
     for key in ("weights", "total", "algorithms", "bytes", "step"):
@@ -196,8 +199,8 @@ PATTERNS = {
 def test_the_patterns_of_a_run_are_found(capsys, tmp_path):
     rules = [ts.Rule(path=p, pattern=pattern) for p, (pattern, _) in PATTERNS.items()]
     config = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.5, rules=rules)
-    build = functools.partial(whole_runs.stacked, names=("a", "b"))
-    whole_runs.run(tmp_path / "run", config, 0, build=build)
+    build = functools.partial(inprocess_runs.stacked, names=("a", "b"))
+    inprocess_runs.run(tmp_path / "run", config, 0, build=build)
     found = as_json(capsys, tmp_path / "run")
     rows = {r["path"]: r for r in found["weights"] if r["is_sparse"]}
     assert rows.keys() == PATTERNS.keys()
@@ -370,9 +373,9 @@ def test_no_more_than_a_part_is_read_at_once(capsys, tmp_path, monkeypatch):
         return wrapped
 
     monkeypatch.setattr(SavedArray, "_read", spy(SavedArray._read))
-    monkeypatch.setattr(saved_arrays, "PART_BYTES", 500)
-    monkeypatch.setattr(inspect_weights, "COMPARED_BYTES", 300)
-    monkeypatch.setattr(inspect_weights, "BITS_BYTES", 16 * 64 * 2 // 8)  # two slices of three
+    monkeypatch.setattr(checkpoint_arrays, "PART_BYTES", 500)
+    monkeypatch.setattr(weights, "COMPARED_BYTES", 300)
+    monkeypatch.setattr(weights, "BITS_BYTES", 16 * 64 * 2 // 8)  # two slices of three
     assert (as_json(capsys, *alone), as_json(capsys, *both)) == expected
     assert 300 < max(sizes) <= 500
 
@@ -500,7 +503,7 @@ def test_help_says_what_there_is(capsys):
 
 def test_the_docs_name_every_key(capsys, tmp_path):
     folder = written(tmp_path / "checkpoint_7")
-    documented = set(re.findall(r"`(\w+)`", (rig.ROOT / "docs/inspect.md").read_text()))
+    documented = set(re.findall(r"`(\w+)`", (tiny_t5.ROOT / "docs/inspect.md").read_text()))
 
     def keys(x):
         if isinstance(x, list):

@@ -5,19 +5,20 @@ import json
 import sys
 import types
 
+import inprocess_runs
 import jax
 import numpy as np
 import pytest
-import rig
 import seqio
 import tensorflow as tf
-import whole_runs
+import tiny_t5
 from flax import traverse_util
 
-from t5x_sparsity import host, masks
-from t5x_sparsity.core import flatten
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.trees import flatten
 
-pytestmark = [rig.t5x_only, pytest.mark.slow]
+pytestmark = [tiny_t5.t5x_only, pytest.mark.slow]
 
 NAME, LENGTH, BATCH = "jobs", 6, 4
 
@@ -30,7 +31,7 @@ def examples(split, shuffle_files, seed=None):
     del shuffle_files, seed
     rng = np.random.default_rng(0 if split == "train" else 1)
     count = 64 if split == "train" else 2 * BATCH
-    tokens = rng.integers(3, rig.VOCAB, (2, count, LENGTH)).astype(np.int32)
+    tokens = rng.integers(3, tiny_t5.VOCAB, (2, count, LENGTH)).astype(np.int32)
     return tf.data.Dataset.from_tensor_slices({"inputs": tokens[0], "targets": tokens[1]})
 
 
@@ -68,13 +69,15 @@ def data(split="validation"):
 
 
 def net():
-    return rig.model(rig.OPTIMIZERS["adamw"]())
+    return tiny_t5.model(tiny_t5.OPTIMIZERS["adamw"]())
 
 
 def train(model_dir, **kwargs):
-    config = rig.rigl(0.75, begin=1, end=3, period=2)
+    config = tiny_t5.rigl(0.75, begin=1, end=3, period=2)
     features = ("inputs", "targets")
-    return whole_runs.run(model_dir, config, 4, build=rig.model, features=features, **kwargs)
+    return inprocess_runs.run(
+        model_dir, config, 4, build=tiny_t5.model, features=features, **kwargs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def assert_masked(params, leaves):
         np.testing.assert_array_equal(weight, leaves[f"target/{path}"], err_msg=path)
         stored = leaves.get(f"state/sparsity/masks/{path}")
         if stored is not None:
-            kept = np.asarray(masks.unpack(stored, weight.shape))
+            kept = np.asarray(packing.unpack(stored, weight.shape))
             assert (weight[~kept] == 0).all(), path
             pruned += (~kept).sum()
     # all kernels but the embedding's
@@ -166,7 +169,7 @@ def test_evaluate_sees_the_masked_weights(tmp_path, sparse, expected, restored):
         model=net(),
         dataset_cfg=data(),
         restore_checkpoint_cfg=checkpoint(path),
-        partitioner=rig.MeshPartitioner(),
+        partitioner=tiny_t5.MeshPartitioner(),
         output_dir=str(tmp_path),
         inference_evaluator_cls=evaluator(),
         training_evaluator_cls=host.Trainer,
@@ -195,7 +198,7 @@ def test_evaluate_follows_all_checkpoints_of_a_run(tmp_path, sparse, restored):
             restore_checkpoint_cfg=host.utils.RestoreCheckpointConfig(
                 path=str(sparse[0].parent), mode="all"
             ),
-            partitioner=rig.MeshPartitioner(),
+            partitioner=tiny_t5.MeshPartitioner(),
             output_dir=str(tmp_path),
             inference_evaluator_cls=evaluator(),
             summarize_config_fn=quiet,
@@ -213,7 +216,7 @@ def test_infer_gives_what_the_runs_weights_give(tmp_path, sparse, expected, rest
         model=net(),
         dataset_cfg=data(),
         restore_checkpoint_cfg=checkpoint(sparse[0]),
-        partitioner=rig.MeshPartitioner(),
+        partitioner=tiny_t5.MeshPartitioner(),
         output_dir=str(tmp_path),
         checkpoint_period=1,
         checkpoint_ds_iter=False,
@@ -245,7 +248,7 @@ def test_an_export_holds_the_masked_weights(tmp_path, sparse, expected):
         create_preprocessor_fn=functools.partial(
             export_lib.create_preprocessor, split_separator="|"
         ),
-        partitioner=rig.MeshPartitioner(),
+        partitioner=tiny_t5.MeshPartitioner(),
         output_features={"inputs": feature, "targets": feature},
         task_feature_lengths={"inputs": LENGTH, "targets": LENGTH},
         batch_size=2 * BATCH,
@@ -272,7 +275,7 @@ def test_precompile_dumps_the_dense_step(tmp_path, t5_package):
     precompile.precompile(
         model=net(),
         train_dataset_cfg=data("train"),
-        partitioner=rig.MeshPartitioner(),
+        partitioner=tiny_t5.MeshPartitioner(),
         model_dir=str(tmp_path),
         random_seed=0,
     )
@@ -290,12 +293,12 @@ def test_the_interactive_model_sees_the_masked_weights(tmp_path):
         task_feature_lengths={"inputs": LENGTH, "targets": LENGTH},
         output_dir=str(tmp_path / "interactive"),
         # on devices, T5X can't read its own format on this JAX
-        partitioner=rig.MeshPartitioner(params_on_devices=False),
+        partitioner=tiny_t5.MeshPartitioner(params_on_devices=False),
         model=net(),
         dtype="float32",
         restore_mode="specific",
         checkpoint_path=str(tmp_path / "run/checkpoint_4"),
-        input_shapes={k: (BATCH, LENGTH) for k in rig.FEATURES},
+        input_shapes={k: (BATCH, LENGTH) for k in tiny_t5.FEATURES},
     )
     assert model.step == 4
     assert_masked(model.train_state.params, leaves)

@@ -5,8 +5,8 @@ import random
 import re
 import time
 
+import command_runs
 import pytest
-import runs
 
 from t5x_sparsity import host
 
@@ -39,35 +39,37 @@ VICTIMS = ("both", "both", "the second", "the first")
 def test_killed_at_any_moment_it_resumes_exactly(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    file = runs.write_run(tmp_path, more=RUN)
+    file = command_runs.write_run(tmp_path, more=RUN)
     # a kill comes after at most three checkpoints
     steps = 6 * KILLS + 4
 
     def start(model_dir):
         if COUNT > 1:
-            return runs.start_run(file, model_dir, *BINDINGS, steps=steps)
-        arguments = runs.command(file, model_dir, *BINDINGS, steps=steps)[1:]
-        return [runs.start(arguments, tmp_path / "process_0.log")]
+            return command_runs.start_run(file, model_dir, *BINDINGS, steps=steps)
+        arguments = command_runs.command(file, model_dir, *BINDINGS, steps=steps)[1:]
+        return [command_runs.start(arguments, tmp_path / "process_0.log")]
 
-    runs.finish(start(tmp_path / "whole"), timeout=1200)
+    command_runs.finish(start(tmp_path / "whole"), timeout=1200)
     rng = random.Random(1)
     killed = tmp_path / "killed"
     for i in range(KILLS):
         processes = start(killed)
         # the first is aimed at nothing, so that there is something to resume from
         aim, victims = AIMS[i % len(AIMS)], VICTIMS[i // len(AIMS) % len(VICTIMS)]
-        begun = runs.newest(killed)
+        begun = command_runs.newest(killed)
         wait_for(aim, processes, killed, rng)
         assert all(p.popen.poll() is None for p in processes), processes[0].output()[-4000:]
         chosen = {"the second": processes[1:], "the first": processes[:1]}.get(victims, processes)
         for p in chosen or processes:
             p.kill()
-        at, torn = runs.newest(killed), bool(torn_folders(killed))
+        at, torn = command_runs.newest(killed), bool(torn_folders(killed))
         fell = others_fall(processes)
         print(f"kill {i + 1}: {aim}, {victims}, from {begun} to {at}, torn: {torn}, others: {fell}")
         assert at is None or at < steps, "the run ended before it could be killed"
-    runs.finish(start(killed), timeout=1200)
-    runs.assert_equal(runs.saved(tmp_path / "whole", steps), runs.saved(killed, steps))
+    command_runs.finish(start(killed), timeout=1200)
+    command_runs.assert_equal(
+        command_runs.saved(tmp_path / "whole", steps), command_runs.saved(killed, steps)
+    )
     assert not torn_folders(killed)
 
 
@@ -81,13 +83,13 @@ def wait_for(aim, processes, model_dir, rng):
             time.sleep(0.005)
 
     if aim == "the start":
-        before, end = runs.newest(model_dir), time.monotonic() + rng.uniform(1, 20)
-        until(lambda: time.monotonic() > end or runs.newest(model_dir) != before)
+        before, end = command_runs.newest(model_dir), time.monotonic() + rng.uniform(1, 20)
+        until(lambda: time.monotonic() > end or command_runs.newest(model_dir) != before)
         return
     for _ in range(rng.randint(1, 2)):
-        before, tick = runs.newest(model_dir), time.monotonic()
+        before, tick = command_runs.newest(model_dir), time.monotonic()
         # T5X saves step 0 with the first batch read already, and resumes from there without it
-        until(lambda before=before: runs.newest(model_dir) not in (None, 0, before))
+        until(lambda before=before: command_runs.newest(model_dir) not in (None, 0, before))
         period = time.monotonic() - tick
     if aim == "any moment":
         time.sleep(rng.uniform(0, min(period, 2)))

@@ -3,21 +3,21 @@
 import json
 import re
 
-import golden
+import command_runs
+import fixed_update
 import numpy as np
 import pytest
-import rig
-import runs
+import tiny_t5
 
 from t5x_sparsity import host
-from t5x_sparsity.core import flatten
+from t5x_sparsity.core.trees import flatten
 
 COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
 # the embedded host, whose time is CI's, takes a mesh of each kind
 MESHES = [
-    pytest.param(name, marks=[rig.t5x_only] if name in ("4x1", "2x2") else [])
-    for name in golden.MESHES
+    pytest.param(name, marks=[tiny_t5.t5x_only] if name in ("4x1", "2x2") else [])
+    for name in fixed_update.MESHES
     if name != "1x1"
 ]
 
@@ -25,13 +25,13 @@ MESHES = [
 @pytest.mark.parametrize("mesh", MESHES)
 def test_masks_are_the_same_on_every_mesh_and_host(mesh):
     """From the same weights and gradients, bit for bit; each mask is sharded as its weight."""
-    result = golden.updated(mesh)
-    assert result.digest == golden.DIGEST
-    check_placed(mesh, golden.placed(result.state))
+    result = fixed_update.updated(mesh)
+    assert result.digest == fixed_update.DIGEST
+    check_placed(mesh, fixed_update.placed(result.state))
 
 
 def check_placed(mesh, placed):
-    data, model, dims = golden.MESHES[mesh]
+    data, model, dims = fixed_update.MESHES[mesh]
     assert len(placed) == 11
     for path, found in placed.items():
         assert found["mask"] == found["weight"], path
@@ -42,8 +42,8 @@ def check_placed(mesh, placed):
 
 def test_the_masks_of_the_fixed_update_are_what_they_should_be():
     """What the digest stands for, on one device."""
-    state, masks, digest = golden.updated("1x1")
-    assert digest == golden.DIGEST
+    state, masks, digest = fixed_update.updated("1x1")
+    assert digest == fixed_update.DIGEST
     levels = {"nm": 0.5, "saliency": 0.5, "set": 0.4, "embedding": 0.7}
     for path, mask in masks.items():
         level = levels.get(path.split("_")[0])
@@ -56,7 +56,7 @@ def test_the_masks_of_the_fixed_update_are_what_they_should_be():
     pooled = [p for p in masks if p.startswith("magnitude")]
     weights = {p: np.abs(np.asarray(x)) for p, x in flatten(state.params).items()}
     lowest = min(weights[p][masks[p]].min() for p in pooled)
-    fixed = {p: golden.fixed("weight", p, weights[p].shape) for p in pooled}
+    fixed = {p: fixed_update.fixed("weight", p, weights[p].shape) for p in pooled}
     assert max(np.abs(fixed[p])[~masks[p]].max() for p in pooled) <= lowest
 
 
@@ -64,24 +64,26 @@ def test_the_masks_of_the_fixed_update_are_what_they_should_be():
 def test_masks_are_the_same_in_two_processes(tmp_path):
     """2 processes x 2 devices: weights split among processes, and among devices of each."""
     meshes = ["2x2-2d"] if host.NAME == "embedded" else ["1x4", "4x1-2d", "2x2", "2x2-2d"]
-    script = [runs.ROOT / "tests/host/golden.py"]
-    outputs = runs.finish(
-        runs.start_processes(
+    script = [command_runs.ROOT / "tests/host/golden.py"]
+    outputs = command_runs.finish(
+        command_runs.start_processes(
             lambda i, port: [*script, f"localhost:{port}", "2", str(i), *meshes], tmp_path
         )
     )
     for output in outputs:
         found = json.loads(output.strip().splitlines()[-1])
         for mesh in meshes:
-            assert found[mesh]["digest"] == golden.DIGEST
+            assert found[mesh]["digest"] == fixed_update.DIGEST
             check_placed(mesh, found[mesh]["placed"])
 
 
 def test_runs_agree_on_every_mesh():
     losses = {}
     for data, model in ((1, 1), (2, 2)):
-        trainer = rig.trainer(rig.rigl(), partitioner=rig.MeshPartitioner(data, model))
-        losses[data, model] = [float(rig.run(trainer, 1, start=i)["loss"].value) for i in range(6)]
+        trainer = tiny_t5.trainer(tiny_t5.rigl(), partitioner=tiny_t5.MeshPartitioner(data, model))
+        losses[data, model] = [
+            float(tiny_t5.run(trainer, 1, start=i)["loss"].value) for i in range(6)
+        ]
         trainer.close()
     for mesh, values in losses.items():
         np.testing.assert_allclose(values, losses[1, 1], rtol=2e-3, err_msg=str(mesh))
@@ -90,14 +92,14 @@ def test_runs_agree_on_every_mesh():
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_no_weight_moves_between_devices(optimizer):
     """The compiled steps gather what the dense step gathers, and sort nothing."""
-    partitioner = rig.MeshPartitioner(1, 4)
+    partitioner = tiny_t5.MeshPartitioner(1, 4)
 
     def compiled(step, state):
-        return step.lower(state, rig.batch()).compile().as_text()
+        return step.lower(state, tiny_t5.batch()).compile().as_text()
 
-    dense = rig.trainer(None, optimizer, partitioner)
+    dense = tiny_t5.trainer(None, optimizer, partitioner)
     base = compiled(dense._partitioned_train_step, dense.train_state)
-    sparse = rig.trainer(rig.rigl(), optimizer, partitioner)
+    sparse = tiny_t5.trainer(tiny_t5.rigl(), optimizer, partitioner)
     for name, step in sparse.train_step_variants().items():
         text = compiled(step, sparse.train_state)
         assert len(COLLECTIVE.findall(text)) <= len(COLLECTIVE.findall(base)), name

@@ -6,18 +6,18 @@ import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rig
+import tiny_t5
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
 import t5x_sparsity as ts
-from t5x_sparsity import masks
 from t5x_sparsity.algorithms import DENSE
-from t5x_sparsity.core import flatten
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.trees import flatten
 
 METHODS = sorted(
     p.stem
-    for p in (rig.ROOT / "gin/sparsity").glob("*.gin")
+    for p in (tiny_t5.ROOT / "gin/sparsity").glob("*.gin")
     if p.stem not in ("base", "from_dense")
 )
 UNMOVED = ("dense", "static")
@@ -61,7 +61,7 @@ TOGETHER = {
 def config_of(method):
     """What a run with this include is given."""
     bindings = [] if method in UNMOVED else BINDINGS
-    with rig.gin_script() as parse:
+    with tiny_t5.gin_script() as parse:
         parse(f"include 'sparsity/{method}.gin'", *bindings, *MORE.get(method, []))
         return gin.get_configurable(ts.SparsityConfig)()
 
@@ -80,7 +80,7 @@ class Watched:
         self.stored = own(sparsity.masks)
         self.slots = {n: x for n, arrays in sparsity.slots.items() if (x := own(arrays))}
         self.masks = {
-            p: np.asarray(masks.unpack(jnp.asarray(m), self.weights[p].shape))
+            p: np.asarray(packing.unpack(jnp.asarray(m), self.weights[p].shape))
             for p, m in self.stored.items()
         }
         plan = optimizer.optimizer_def.plan(optimizer.target)
@@ -126,7 +126,7 @@ def check_state(trainer, init):
     state = trainer.train_state
     flat = traverse_util.flatten_dict(state.state_dict(), sep="/")
     # as the hosts do it: into the shapes of a state
-    restored = rig.leaves(init.global_train_state_shape.restore_state(state.state_dict()))
+    restored = tiny_t5.leaves(init.global_train_state_shape.restore_state(state.state_dict()))
     assert restored.keys() == flat.keys()
     for path, leaf in flat.items():
         np.testing.assert_array_equal(restored[path], np.asarray(leaf), err_msg=path)
@@ -136,21 +136,21 @@ def check_state(trainer, init):
     for path, spec in named.items():
         assert isinstance(spec, PartitionSpec) and len(spec) <= np.ndim(flat[path]), path
     sparsity = trainer._train_state_axes._optimizer.state.sparsity
-    weights = rig.specs(trainer._train_state_axes.params)
+    weights = tiny_t5.specs(trainer._train_state_axes.params)
     for arrays in (sparsity.masks, *sparsity.slots.values()):
         assert all(spec == weights[p] for p, spec in arrays.items())
 
 
 def train_and_check(config, optimizer, build, prefixes):
     """prefixes: method -> what the paths of its weights start with."""
-    trainer = rig.trainer(config, optimizer, build=build)
+    trainer = tiny_t5.trainer(config, optimizer, build=build)
     watch = functools.partial(Watched, trainer)
     before = {m: watch(m, prefix) for m, prefix in prefixes.items()}
     for method, at in before.items():
         assert set(at.slots) == SLOTS.get(method, set())
         assert bool(at.masks) == (method != "dense")
     for step in range(STEPS):
-        loss = rig.run(trainer, 1, start=step)["loss"].value
+        loss = tiny_t5.run(trainer, 1, start=step)["loss"].value
         assert np.isfinite(float(loss))
         for method, prefix in prefixes.items():
             now = watch(method, prefix)
@@ -166,7 +166,7 @@ def train_and_check(config, optimizer, build, prefixes):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains_stacked_layers(method):
     config, optimizer = config_of(method), ALONE[method]
-    trainer = train_and_check(config, optimizer, rig.stacked_model, {method: "mlp_"})
+    trainer = train_and_check(config, optimizer, tiny_t5.stacked_model, {method: "mlp_"})
     variants = trainer.train_step_variants()
     assert set(variants) == ({"plain"} if method in UNMOVED else {"plain", "update"})
     trainer.close()
@@ -188,10 +188,10 @@ def test_it_trains_as_one_of_many(optimizer):
                 algorithm=config.algorithm,
             )
         )
-    build = functools.partial(rig.stacked_model, names=tuple(methods))
+    build = functools.partial(tiny_t5.stacked_model, names=tuple(methods))
     config = ts.SparsityConfig(algorithm=ts.Dense(), rules=rules)
     trainer = train_and_check(config, optimizer, build, {m: f"{m}_wi" for m in methods})
-    check_state(trainer, rig.initializer(config, optimizer, build=build)[0])
+    check_state(trainer, tiny_t5.initializer(config, optimizer, build=build)[0])
     trainer.close()
 
 
@@ -203,7 +203,9 @@ def test_every_method_meets_both_optimizers():
 
 
 def test_adam_fisher_names_what_a_factored_optimizer_lacks():
-    trainer = rig.trainer(config_of("adam_fisher"), "adafactor-factored", build=rig.stacked_model)
+    trainer = tiny_t5.trainer(
+        config_of("adam_fisher"), "adafactor-factored", build=tiny_t5.stacked_model
+    )
     update = trainer.train_step_variants()["update"]
     with pytest.raises(ValueError, match="no second moment.*mlp_wi.*Adafactor.factored = False"):
-        update.lower(trainer.train_state, rig.batch())
+        update.lower(trainer.train_state, tiny_t5.batch())

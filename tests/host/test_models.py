@@ -7,21 +7,23 @@ import jax.numpy as jnp
 import model_table
 import numpy as np
 import pytest
-import rig
+import tiny_t5
 from model_table import CASES
 
 import t5x_sparsity as ts
-from t5x_sparsity import masks
-from t5x_sparsity.core import flatten
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.trees import flatten
 
-NAMES = [pytest.param(n, marks=[rig.t5x_only] if n in model_table.T5X_ONLY else []) for n in CASES]
+NAMES = [
+    pytest.param(n, marks=[tiny_t5.t5x_only] if n in model_table.T5X_ONLY else []) for n in CASES
+]
 UPDATE, STEPS = 2, 4
 
 
 def unpacked(optimizer):
     weights = flatten(optimizer.target)
     stored = optimizer.state.sparsity.masks
-    return {p: np.asarray(masks.unpack(m, weights[p].shape)) for p, m in stored.items()}
+    return {p: np.asarray(packing.unpack(m, weights[p].shape)) for p, m in stored.items()}
 
 
 @pytest.mark.slow
@@ -31,14 +33,14 @@ def test_it_trains_sparse(name):
     case = CASES[name]
     arguments = dict(build=case.build, **case.arguments())
     partitioner = case.partitioner()
-    trainer = rig.trainer(
-        rig.rigl(begin=UPDATE), case.optimizer, partitioner, base=case.base(), **arguments
+    trainer = tiny_t5.trainer(
+        tiny_t5.rigl(begin=UPDATE), case.optimizer, partitioner, base=case.base(), **arguments
     )
     assert isinstance(trainer, case.base())
     before, losses = unpacked(trainer.train_state._optimizer), []
     check_counts(trainer, before)
     for step in range(STEPS):
-        losses.append(float(rig.run(trainer, 1, start=step)["loss"].value))
+        losses.append(float(tiny_t5.run(trainer, 1, start=step)["loss"].value))
         after = unpacked(trainer.train_state._optimizer)
         changed = [p for p in after if (after[p] != before[p]).any()]
         assert changed == (sorted(after) if step == UPDATE else []), step
@@ -99,11 +101,11 @@ def check_shardings(optimizer):
             assert leaf.sharding.spec == weights[paths[0]].sharding.spec, slot
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 def test_a_scanned_model_is_shared_among_layers_as_the_unscanned_one():
     def plan(scan):
         build = model_table.encoder_decoder(model_table.scalable, 2, scan_layers=scan)
-        init = rig.initializer(rig.rigl(), "adamw", build=build)[0]
+        init = tiny_t5.initializer(tiny_t5.rigl(), "adamw", build=build)[0]
         state = init.global_train_state_shape
         return state._optimizer.optimizer_def.plan(state.params)
 
@@ -113,14 +115,14 @@ def test_a_scanned_model_is_shared_among_layers_as_the_unscanned_one():
         assert stack.slice_shape == layer.shape and stack.kept == layer.kept, path
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 def test_groups_of_a_scanned_model_lie_within_a_layer():
     config = ts.SparsityConfig(
         algorithm=ts.Static(),
         sparsity=0.5,
         rules=[ts.Rule(path="mlp/", pattern=ts.NByM(n=2, m=4))],
     )
-    init = rig.initializer(config, build=CASES["scalable_t5"].build)[0]
+    init = tiny_t5.initializer(config, build=CASES["scalable_t5"].build)[0]
     optimizer = init.from_scratch(jax.random.PRNGKey(0))._optimizer
     for path, mask in unpacked(optimizer).items():
         if "/mlp/" in path:
@@ -129,7 +131,7 @@ def test_groups_of_a_scanned_model_lie_within_a_layer():
             assert (groups == 2).all(), path
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 @pytest.mark.parametrize(
     ("optimizer", "sharded"),
     [
@@ -148,18 +150,20 @@ def test_moe_state_lies_along_experts(optimizer, sharded, bound):
         pattern = r".*expert.*/kernel/v_.*" if factored else None
         kwargs["state_filter_fn"] = model_table.moe_training_utils().match_fn(pattern)
     partitioner = model_table.moe_partitioner(**kwargs)
-    init = rig.initializer(rig.rigl(), optimizer, partitioner, CASES["moe"].build)[0]
+    init = tiny_t5.initializer(tiny_t5.rigl(), optimizer, partitioner, CASES["moe"].build)[0]
     axes = init.train_state_axes._optimizer
-    dense = rig.initializer(None, optimizer, model_table.moe_partitioner(), CASES["moe"].build)[0]
-    expected = rig.specs(dense.train_state_axes._optimizer.state.param_states)
-    ours = rig.specs(axes.state.param_states)
+    dense = tiny_t5.initializer(None, optimizer, model_table.moe_partitioner(), CASES["moe"].build)[
+        0
+    ]
+    expected = tiny_t5.specs(dense.train_state_axes._optimizer.state.param_states)
+    ours = tiny_t5.specs(axes.state.param_states)
     for slot, spec in ours.items():
         assert tuple(spec) == tuple(expected.get(slot) or ()), slot
     along = {s for s, spec in ours.items() if "expert" in s and tuple(spec)[:1] == ("expert",)}
     assert {part for s in along for part in s.split("/")} & {"v_row", "v_col", "v", "mu", "nu"} == (
         sharded
     )
-    weights = rig.specs(axes.target)
+    weights = tiny_t5.specs(axes.target)
     assert axes.state.sparsity.masks == {
         p: weights[p] for p in ("expert/wi/kernel", "expert/wo/kernel")
     }
@@ -170,7 +174,7 @@ def test_heads_are_no_dim_of_their_own_to_erk():
 
     def kept(**kernels):
         weights = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, (s, _) in kernels.items()}
-        plan = rig.rigl().plan(weights, {p: names for p, (_, names) in kernels.items()})
+        plan = tiny_t5.rigl().plan(weights, {p: names for p, (_, names) in kernels.items()})
         return {p: layer.kept for p, layer in plan.items()}
 
     split = kept(
@@ -194,4 +198,4 @@ def test_routers_are_dense_whatever_their_rank():
         "encoder/layers_0/mlp/gate/kernel": (32, 64),
     }
     weights = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()}
-    assert list(rig.rigl().plan(weights)) == ["encoder/layers_0/mlp/gate/kernel"]
+    assert list(tiny_t5.rigl().plan(weights)) == ["encoder/layers_0/mlp/gate/kernel"]

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optimizer_table
 import pytest
-import rig
+import tiny_t5
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 from optimizer_table import CASES, REFUSED
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
-from t5x_sparsity.core import flatten, init_state, train_step, unflatten
-from t5x_sparsity.plugin import SparseOptimizer
-from t5x_sparsity.plugin.optimizer import SparseOptimizerState, StepKind
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.train_step import init_state, train_step
+from t5x_sparsity.core.trees import flatten, unflatten
+from t5x_sparsity.t5x import SparseOptimizer
+from t5x_sparsity.t5x.optimizer import SparseOptimizerState, StepKind
 
 HYPER = {"learning_rate": 0.1}
 AXES = flax.core.freeze(
@@ -31,7 +33,7 @@ AXES = flax.core.freeze(
     }
 )
 NAMES = [
-    pytest.param(n, marks=rig.t5x_only) if n in optimizer_table.T5X_ONLY else n
+    pytest.param(n, marks=tiny_t5.t5x_only) if n in optimizer_table.T5X_ONLY else n
     for n in sorted(CASES)
 ]
 
@@ -51,7 +53,7 @@ def parameters(seed=0):
 
 
 def made(name, config=None):
-    optimizer = SparseOptimizer(CASES[name].make(), config or rig.rigl())
+    optimizer = SparseOptimizer(CASES[name].make(), config or tiny_t5.rigl())
     optimizer.set_param_axes(AXES)
     return optimizer
 
@@ -59,17 +61,17 @@ def made(name, config=None):
 @functools.cache
 def core_start(*dense):
     """(weights, state of sparsity) by the functional core, with these weights dense."""
-    config, weights = rig.rigl(), flatten(parameters())
+    config, weights = tiny_t5.rigl(), flatten(parameters())
     plan = config.plan({p: x for p, x in weights.items() if p not in dense})
     state = init_state(config, plan, weights)
-    return unflatten(parameters(), masks.apply(weights, state.masks)), state
+    return unflatten(parameters(), packing.apply(weights, state.masks)), state
 
 
 @functools.cache
 def core_update(*dense):
     """The masks after one update from the start, by the functional core."""
     target, state = core_start(*dense)
-    plan = rig.rigl().plan({p: x for p, x in flatten(target).items() if p in state.masks})
+    plan = tiny_t5.rigl().plan({p: x for p, x in flatten(target).items() if p in state.masks})
     return train_step(
         plan,
         state,
@@ -146,7 +148,7 @@ def test_start_is_masked(name):
     assert set(stored) == {"mlp/wi/kernel", "mlp/wo/kernel"} - set(dense_of(name))
     for path, mask in stored.items():
         kernel = flatten(made_state.target)[path]
-        assert np.array_equal(np.asarray(kernel) != 0, masks.unpack(mask, kernel.shape))
+        assert np.array_equal(np.asarray(kernel) != 0, packing.unpack(mask, kernel.shape))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,10 +158,10 @@ def test_plain_steps_are_the_bases_own_on_what_is_kept(name):
 
     @jax.jit
     def expected(target, base_state, grads):
-        seen = unflatten(grads, masks.apply(flatten(grads), stored))
+        seen = unflatten(grads, packing.apply(flatten(grads), stored))
         hyper = base.update_hyper_params(**HYPER)
         target, base_state = base.apply_gradient(hyper, target, base_state, seen)
-        return unflatten(target, masks.apply(flatten(target), stored)), base_state
+        return unflatten(target, packing.apply(flatten(target), stored)), base_state
 
     step = applied(StepKind.PLAIN)
     own = state.target, host.OptimizerState(state.state.step, state.state.param_states)
@@ -193,7 +195,7 @@ def test_update_step_zeroes_slots_of_grown_weights_alone(name):
     weights, new_weights = values(state.target), values(after.target)
     old, new = (
         {
-            p: np.asarray(masks.unpack(m, weights[p].shape))
+            p: np.asarray(packing.unpack(m, weights[p].shape))
             for p, m in s.state.sparsity.masks.items()
         }
         for s in (state, after)
@@ -262,9 +264,9 @@ def test_every_leaf_has_axes_and_masks_and_slots_have_their_weights(name):
     assert set(flat_axes) == set(flat_state)
     # the host casts a leaf whose axes are None to the checkpoint's dtype
     assert [k for k, v in flat_axes.items() if v is None] == []
-    weight_axes = rig.specs(AXES)
+    weight_axes = tiny_t5.specs(AXES)
     assert axes.state.sparsity.masks == {p: weight_axes[p] for p in state.state.sparsity.masks}
-    slot_axes = rig.specs(axes.state.param_states)
+    slot_axes = tiny_t5.specs(axes.state.param_states)
     for slot in flatten(state.state.param_states):
         path = weight_of(slot, state)
         if path in state.state.sparsity.masks:
@@ -278,7 +280,7 @@ def test_every_leaf_has_axes_and_masks_and_slots_have_their_weights(name):
 def test_a_rule_prunes_what_no_optimizer_trains(algorithm):
     """To its level; the algorithm decides on the mask as on any other."""
     rule = ts.Rule(path="wo", sparsity=0.5, algorithm=algorithm)
-    optimizer = made("multi-frozen", rig.rigl(rules=[rule]))
+    optimizer = made("multi-frozen", tiny_t5.rigl(rules=[rule]))
     state = jax.jit(optimizer.create)(parameters())
     # the budget is that of trained weights
     levels = {p: layer.level for p, layer in optimizer.plan(state.target).items()}
@@ -288,7 +290,7 @@ def test_a_rule_prunes_what_no_optimizer_trains(algorithm):
     np.testing.assert_array_equal(values(state.target)["mlp/wo/kernel"], weights)
     assert (weights != 0).sum() == weights.size // 2
     after = applied(StepKind.UPDATE)(state, parameters(9))
-    mask = np.asarray(masks.unpack(after.state.sparsity.masks["mlp/wo/kernel"], weights.shape))
+    mask = np.asarray(packing.unpack(after.state.sparsity.masks["mlp/wo/kernel"], weights.shape))
     assert mask.sum() == weights.size // 2
     assert np.array_equal(mask, weights != 0) == (algorithm is not None)
     restored = after.restore_state(after.state_dict())
@@ -297,7 +299,7 @@ def test_a_rule_prunes_what_no_optimizer_trains(algorithm):
 
 def test_restore_of_other_rules_says_so():
     stored = started("adamw").state_dict()
-    other = made("adamw", rig.rigl(rules=[ts.Rule(path="wo", sparsity=None)]))
+    other = made("adamw", tiny_t5.rigl(rules=[ts.Rule(path="wo", sparsity=None)]))
     fresh = jax.eval_shape(other.create, parameters())
     with pytest.raises(ValueError, match="made with other rules of sparsity.*mlp/wo/kernel"):
         fresh.restore_state(stored)
@@ -330,10 +332,10 @@ def failure(optimizer):
     return None
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_t5x_does_not_train_dense_fails_with_its_own_error(name):
     dense = failure(REFUSED[name]())
-    sparse = failure(SparseOptimizer(REFUSED[name](), rig.rigl()).for_step(StepKind.PLAIN))
+    sparse = failure(SparseOptimizer(REFUSED[name](), tiny_t5.rigl()).for_step(StepKind.PLAIN))
     assert dense is not None and sparse == dense
-    assert failure(SparseOptimizer(CASES["adam"].make(), rig.rigl())) is not None  # not driven
+    assert failure(SparseOptimizer(CASES["adam"].make(), tiny_t5.rigl())) is not None  # not driven

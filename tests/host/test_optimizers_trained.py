@@ -6,24 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rig
+import tiny_t5
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 from optimizer_table import CASES, adafactor, multi
 
-from t5x_sparsity import masks
-from t5x_sparsity.core import flatten
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.trees import flatten
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked", "multi-frozen", "multi-steps"])
 def test_it_trains_sparse_under_the_trainer(name):
-    trainer = rig.trainer(rig.rigl(), name, rig.MeshPartitioner(2, 2), build=rig.stacked_model)
+    trainer = tiny_t5.trainer(
+        tiny_t5.rigl(), name, tiny_t5.MeshPartitioner(2, 2), build=tiny_t5.stacked_model
+    )
     dense = CASES[name].dense
     # copies: the first step takes the buffers
     start = {p: np.array(x) for p, x in flatten(trainer.train_state.params).items()}
     stored = jax.tree.map(np.array, trainer.train_state._optimizer.state.sparsity.masks)
-    rig.run(trainer, 3)  # with an update at 2
+    tiny_t5.run(trainer, 3)  # with an update at 2
     optimizer = trainer.train_state._optimizer
     weights, plan = flatten(optimizer.target), optimizer.optimizer_def.plan(optimizer.target)
     kernels = {p for p in weights if "embedding" not in p}
@@ -34,7 +36,8 @@ def test_it_trains_sparse_under_the_trainer(name):
     for path, mask in optimizer.state.sparsity.masks.items():
         assert mask.sharding.spec == weights[path].sharding.spec
         old, new = (
-            np.asarray(masks.unpack(jnp.asarray(m), plan[path].shape)) for m in (stored[path], mask)
+            np.asarray(packing.unpack(jnp.asarray(m), plan[path].shape))
+            for m in (stored[path], mask)
         )
         assert (new.sum((0, 2)) == plan[path].kept).all() and (old != new).any()
         assert (np.asarray(weights[path])[~new] == 0).all()

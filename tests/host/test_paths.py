@@ -8,10 +8,11 @@ import functools
 import model_table
 import numpy as np
 import pytest
-import rig
-from whole_runs import assert_same, restore_dense, run
+import tiny_t5
+from inprocess_runs import assert_same, restore_dense, run
 
-from t5x_sparsity import host, masks
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
 
 OPTIMIZERS = [
     "adafactor",
@@ -28,10 +29,10 @@ OPTIMIZERS = [
     "sgd",
 ]
 MODELS = [
-    pytest.param(name, marks=[rig.t5x_only] if name in model_table.T5X_ONLY else [])
+    pytest.param(name, marks=[tiny_t5.t5x_only] if name in model_table.T5X_ONLY else [])
     for name in model_table.CASES
 ]
-CONFIG = rig.rigl(0.5, begin=3, end=9, period=2)
+CONFIG = tiny_t5.rigl(0.5, begin=3, end=9, period=2)
 
 
 def checked(leaves):
@@ -40,7 +41,7 @@ def checked(leaves):
     assert names
     for name in names:
         weight = leaves["target/" + name.removeprefix("state/sparsity/masks/")]
-        kept = np.asarray(masks.unpack(leaves[name], weight.shape))
+        kept = np.asarray(packing.unpack(leaves[name], weight.shape))
         assert (weight[~kept] == 0).all(), name
     kept = [np.unpackbits(leaves[n]).sum() for n in names if leaves[n].size < _weight(leaves, n)]
     sizes = [_weight(leaves, n) for n in names if leaves[n].size < _weight(leaves, n)]
@@ -102,5 +103,5 @@ def test_model(tmp_path, name):
         partitioner=case.partitioner(),
     )
     # MoE's partitioner has three axes
-    other = {} if name == "moe" else {"partitioner": rig.MeshPartitioner(1, 4)}
+    other = {} if name == "moe" else {"partitioner": tiny_t5.MeshPartitioner(1, 4)}
     travel(tmp_path, there, other)

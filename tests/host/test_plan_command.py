@@ -8,14 +8,14 @@ import re
 import subprocess
 import sys
 
+import command_runs
 import gin
 import jax
 import pytest
-import rig
-import runs
+import tiny_t5
 
 from t5x_sparsity import cli, host
-from t5x_sparsity.core import flatten
+from t5x_sparsity.core.trees import flatten
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -35,13 +35,13 @@ def run_file(tmp_path):
     )
     more += "tasks.byte_unigram_nats.task_or_name = 'no_such_task'\n"
     more += f"MODEL_DIR = '{model_dir}'\nTRAIN_STEPS = 1000\n"
-    text = runs.write_run(tmp_path, more="import t5x_sparsity\n" + more)
+    text = command_runs.write_run(tmp_path, more="import t5x_sparsity\n" + more)
     return text
 
 
 def plan(capsys, run_file, *arguments):
     """(exit code, standard output, standard error)."""
-    search = f"--gin_search_paths=.,{runs.ROOT / 'gin'}"
+    search = f"--gin_search_paths=.,{command_runs.ROOT / 'gin'}"
     code = cli.main(["plan", f"--gin_file={run_file}", search, *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -54,7 +54,7 @@ def as_json(capsys, run_file, *arguments):
 
 
 def test_a_ramp_that_jumps_is_warned_of(capsys, tmp_path):
-    file = runs.write_run(tmp_path, "magnitude")
+    file = command_runs.write_run(tmp_path, "magnitude")
     assert (
         as_json(capsys, file, "--gin.TRAIN_STEPS=100", "--gin.MASK_UPDATE_PERIOD=5")["warnings"]
         == []
@@ -101,9 +101,9 @@ def test_the_masks_of_a_real_state_are_as_large(capsys, run_file):
     from t5x_sparsity.commands import run_file as loader
 
     found = as_json(capsys, run_file)
-    with loader.load([str(run_file)], [], [str(runs.ROOT / "gin")]) as config:
+    with loader.load([str(run_file)], [], [str(command_runs.ROOT / "gin")]) as config:
         # on one device, whatever the mesh
-        config = dataclasses.replace(config, partitioner=rig.MeshPartitioner())
+        config = dataclasses.replace(config, partitioner=tiny_t5.MeshPartitioner())
         state = config.initializer().from_scratch(jax.random.PRNGKey(0))
     masks = state._optimizer.state.sparsity.masks
     assert {p: m.nbytes for p, m in masks.items()} == {
@@ -126,7 +126,7 @@ def test_the_tables(capsys, run_file):
 
 
 def test_a_method_with_one_threshold_has_a_total_alone(capsys, run_file, tmp_path):
-    with_lamp = runs.write_run(tmp_path, method="lamp", more="TRAIN_STEPS = 100\n")
+    with_lamp = command_runs.write_run(tmp_path, method="lamp", more="TRAIN_STEPS = 100\n")
     found = as_json(capsys, with_lamp)
     sparse = [r for r in found["weights"] if r["is_sparse"]]
     assert all(r["sparsity"] is None and r["kept"] is None for r in sparse)
@@ -135,7 +135,7 @@ def test_a_method_with_one_threshold_has_a_total_alone(capsys, run_file, tmp_pat
 
 
 def test_what_a_method_keeps_beside_masks_is_told(capsys, tmp_path):
-    ste = runs.write_run(tmp_path, method="magnitude_ste", more="TRAIN_STEPS = 100\n")
+    ste = command_runs.write_run(tmp_path, method="magnitude_ste", more="TRAIN_STEPS = 100\n")
     found = as_json(capsys, ste)["totals"]
     assert found["other_state_bytes"] == 4 * found["sparse_weights"]
 
@@ -209,7 +209,7 @@ def test_the_command_prints_json_alone(run_file):
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:t5x_sparsity", "-m", "t5x_sparsity.cli",
          "plan", f"--gin_file={run_file}", "--json"],
-        env=runs.environment(), capture_output=True, text=True, timeout=300,
+        env=command_runs.environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["host"] == host.NAME
@@ -248,10 +248,10 @@ def test_a_slice_that_is_too_small_is_an_answer(capsys, run_file):
     assert re.search(r"The update step does not fit: [\d.]+ of 30\.\d+ GiB\.", out)
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 def test_t5x_files_on_c4_without_the_package_that_reads_it(capsys):
     code, out, err = plan(
-        capsys, runs.ROOT / "examples/t5x_rigl_c4_base.gin", "--gin.SPARSITY=0.9", "--json"
+        capsys, command_runs.ROOT / "examples/t5x_rigl_c4_base.gin", "--gin.SPARSITY=0.9", "--json"
     )
     assert code == 0, err
     found = json.loads(out)

@@ -3,11 +3,11 @@
 import shutil
 import types
 
+import command_runs
 import jax
 import numpy as np
 import pytest
-import rig
-import runs
+import tiny_t5
 
 from t5x_sparsity import host, train
 
@@ -42,9 +42,9 @@ def test_the_flags_of_several_processes(monkeypatch, capsys):
 def two(tmp_path_factory):
     """(run file, model_dir) of 8 steps in 2 processes x 2 devices, by T5X's own script."""
     folder = tmp_path_factory.mktemp("two")
-    file = runs.write_run(folder, more=MORE)
-    outputs = runs.finish(
-        runs.start_run(file, folder / "run", *BINDINGS, steps=8, module="t5x.train")
+    file = command_runs.write_run(folder, more=MORE)
+    outputs = command_runs.finish(
+        command_runs.start_run(file, folder / "run", *BINDINGS, steps=8, module="t5x.train")
     )
     assert "Sparsity at the end of the run" in outputs[0]
     assert "Sparsity at the end of the run" not in outputs[1]
@@ -60,18 +60,18 @@ def copied(model_dir, to, step):
     return to
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 @pytest.mark.slow
 def test_two_processes_resume_exactly(tmp_path, two):
     """By the package's own entry, from what T5X's has saved; data go on where they were."""
     file, whole = two
     parts = copied(whole, tmp_path / "parts", 4)
-    outputs = runs.finish(runs.start_run(file, parts, *BINDINGS, steps=8))
+    outputs = command_runs.finish(command_runs.start_run(file, parts, *BINDINGS, steps=8))
     assert "Host: T5X at" in outputs[1]
-    runs.assert_equal(runs.saved(whole, 8), runs.saved(parts, 8))
+    command_runs.assert_equal(command_runs.saved(whole, 8), command_runs.saved(parts, 8))
 
 
-@rig.t5x_only
+@tiny_t5.t5x_only
 @pytest.mark.slow
 def test_a_run_goes_on_in_other_processes_and_back(tmp_path, two):
     """2 x 2 devices, then 1 x 4 in one process, then 2 x 2; the position in the data starts anew.
@@ -81,10 +81,10 @@ def test_a_run_goes_on_in_other_processes_and_back(tmp_path, two):
     file, whole = two
     moved = copied(whole, tmp_path / "moved", 4)
     bindings = (*BINDINGS, "SAVE_DATASET=False")
-    one = runs.run(file, moved, *bindings, steps=10, devices=4)
+    one = command_runs.run(file, moved, *bindings, steps=10, devices=4)
     assert one.returncode == 0, one.stdout[-4000:]
-    runs.finish(runs.start_run(file, moved, *bindings, steps=12))
-    before, after = runs.saved(moved, 10), runs.saved(moved, 12)
+    command_runs.finish(command_runs.start_run(file, moved, *bindings, steps=12))
+    before, after = command_runs.saved(moved, 10), command_runs.saved(moved, 12)
     assert before.keys() == after.keys()
     paths = [p for p in before if p.startswith("state/sparsity/masks/")]
     assert len(paths) == 7

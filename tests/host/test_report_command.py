@@ -3,8 +3,8 @@
 import json
 import re
 
+import command_runs
 import pytest
-import runs
 
 from t5x_sparsity import cli
 
@@ -13,7 +13,7 @@ from t5x_sparsity import cli
 def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     more = "MASK_UPDATE_PERIOD = 2\n"
-    result = runs.run(runs.write_run(folder, more=more), folder / "run")
+    result = command_runs.run(command_runs.write_run(folder, more=more), folder / "run")
     assert result.returncode == 0, result.stdout[-4000:]
     return folder / "run"
 

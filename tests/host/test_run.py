@@ -5,7 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from runs import ROOT, assert_equal, command, environment, run, saved, write_run
+from command_runs import ROOT, assert_equal, command, environment, run, saved, write_run
 
 from t5x_sparsity import host
 

@@ -2,29 +2,30 @@
 
 import functools
 
+import inprocess_runs
 import numpy as np
 import pytest
-import rig
-import whole_runs
+import tiny_t5
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 import t5x_sparsity as ts
-from t5x_sparsity import masks
-from t5x_sparsity.core import EXPLORED, flatten
-from t5x_sparsity.products import loss_products
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.train_step import EXPLORED
+from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.monitoring.matrix_products import loss_products
 
 
 def unpacked(trainer, name="masks"):
     state = trainer.train_state._optimizer.state.sparsity
     stored = state.masks if name == "masks" else state.slots[name]
     shapes = {p: x.shape for p, x in flatten(trainer.train_state.params).items()}
-    return {p: np.asarray(masks.unpack(m, shapes[p])) for p, m in stored.items()}
+    return {p: np.asarray(packing.unpack(m, shapes[p])) for p, m in stored.items()}
 
 
 def test_the_numbers_of_a_period_are_those_of_its_masks(tmp_path):
-    config = rig.rigl(track_explored=True)
-    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    config = tiny_t5.rigl(track_explored=True)
+    trainer = tiny_t5.trainer(config, summary_dir=str(tmp_path))
     ever, start = unpacked(trainer), 0
     for steps in (2, 1, 4, 2, 3):  # updates are at 2, 5, 8, 11
         ends = start + steps
@@ -32,9 +33,9 @@ def test_the_numbers_of_a_period_are_those_of_its_masks(tmp_path):
         # up to the last update by itself, for the masks before it
         taken = 0 if last is None else last - start
         if taken:
-            rig.run(trainer, taken, start)
+            tiny_t5.run(trainer, taken, start)
         before = unpacked(trainer)
-        summary = rig.run(trainer, ends - start - taken, start + taken)
+        summary = tiny_t5.run(trainer, ends - start - taken, start + taken)
         after, start = unpacked(trainer), ends
         values = {name: v.value for name, v in summary.items() if hasattr(v, "value")}
         ever = {p: ever[p] | after[p] for p in after}
@@ -60,16 +61,16 @@ def test_weights_with_schedules_of_their_own_are_counted_at_their_own_updates():
     config = ts.SparsityConfig(
         algorithm=algorithm, sparsity=0.5, rules=[ts.Rule(path="mlp/", algorithm=own)]
     )
-    trainer = rig.trainer(config)
-    slow = rig.trainer(config)  # the same steps, one at a time
+    trainer = tiny_t5.trainer(config)
+    slow = tiny_t5.trainer(config)  # the same steps, one at a time
     masks_at = [unpacked(slow)]
     for step in range(10):
-        rig.run(slow, 1, step)
+        tiny_t5.run(slow, 1, step)
         masks_at.append(unpacked(slow))
     slow.close()
     # RigL updates at odd steps, SET at 0 and 4; of both in a period, each has its own last update
     for start, steps, rigl_at, set_at in ((0, 4, 3, 0), (4, 3, 5, 4), (7, 1, 7, None)):
-        found = {n: v.value for n, v in rig.run(trainer, steps, start).items() if "mask_" in n}
+        found = {n: v.value for n, v in tiny_t5.run(trainer, steps, start).items() if "mask_" in n}
         total = []
         for path in masks_at[0]:
             at = set_at if "mlp/" in path else rigl_at
@@ -84,13 +85,13 @@ def test_weights_with_schedules_of_their_own_are_counted_at_their_own_updates():
 
 
 def test_a_run_from_a_dense_checkpoint_counts_from_its_own_first_step(tmp_path):
-    whole_runs.train(tmp_path / "dense", None, 4)
+    inprocess_runs.train(tmp_path / "dense", None, 4)
     updates = ts.Periodic(begin=4, end=8, period=2, start_step=4)
     for algorithm in (ts.Static(updates=ts.Never(start_step=4)), ts.RigL(updates=updates)):
         config = ts.SparsityConfig(algorithm=algorithm, sparsity=0.75)
         folder = tmp_path / type(algorithm).__name__
-        restore = whole_runs.restore_dense(tmp_path / "dense/checkpoint_4")
-        whole_runs.train(folder, config, 6, restore=restore)
+        restore = inprocess_runs.restore_dense(tmp_path / "dense/checkpoint_4")
+        inprocess_runs.train(folder, config, 6, restore=restore)
         dense = events(folder).Tensors("flops/training_dense")[-1]
         forward = events(folder).Tensors("flops/inference_dense")[-1]
         ratio = make_ndarray(dense.tensor_proto) / make_ndarray(forward.tensor_proto)
@@ -98,10 +99,10 @@ def test_a_run_from_a_dense_checkpoint_counts_from_its_own_first_step(tmp_path):
 
 
 def test_flops_are_reported_of_a_compiled_run(tmp_path):
-    trainer = rig.trainer(rig.rigl(), summary_dir=str(tmp_path))
-    trainer.compile_train(rig.batch())
-    values = {n: v.value for n, v in rig.run(trainer, 5).items() if n.startswith("flops/")}
-    products = loss_products(trainer._model, trainer.train_state, rig.batch())
+    trainer = tiny_t5.trainer(tiny_t5.rigl(), summary_dir=str(tmp_path))
+    trainer.compile_train(tiny_t5.batch())
+    values = {n: v.value for n, v in tiny_t5.run(trainer, 5).items() if n.startswith("flops/")}
+    products = loss_products(trainer._model, trainer.train_state, tiny_t5.batch())
     assert values["flops/training_dense"] == 5 * 3 * products.total
     sparse = sum(products.of_weights[p] for p in trainer._plan)
     layers = {p: products.of_weights[p] * (1 - x.level) for p, x in trainer._plan.items()}
@@ -117,10 +118,10 @@ def test_flops_are_reported_of_a_compiled_run(tmp_path):
 
 
 def test_a_model_that_cannot_be_traced_trains_on(caplog):
-    trainer = rig.trainer(rig.rigl())
-    trainer._run_metrics.count_flops(object(), trainer.train_state, rig.batch())
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
+    trainer._run_metrics.count_flops(object(), trainer.train_state, tiny_t5.batch())
     assert "FLOPs are not reported" in caplog.text and "loss_fn" in caplog.text
-    assert not [n for n in rig.run(trainer, 1) if n.startswith("flops/")]
+    assert not [n for n in tiny_t5.run(trainer, 1) if n.startswith("flops/")]
     trainer.close()
 
 
@@ -131,10 +132,10 @@ def events(folder):
 
 
 def test_tensorboard_shows_groups_and_a_few_images(tmp_path):
-    config = rig.rigl(begin=2, end=18, period=4)
-    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    config = tiny_t5.rigl(begin=2, end=18, period=4)
+    trainer = tiny_t5.trainer(config, summary_dir=str(tmp_path))
     for start in range(0, 24, 2):
-        rig.run(trainer, 2, start)
+        tiny_t5.run(trainer, 2, start)
     paths = list(unpacked(trainer))
     final = unpacked(trainer)
     trainer.close()
@@ -154,9 +155,9 @@ def test_tensorboard_shows_groups_and_a_few_images(tmp_path):
 
 def test_a_method_without_updates_has_one_image_and_no_churn(tmp_path):
     config = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.5)
-    trainer = rig.trainer(config, summary_dir=str(tmp_path))
+    trainer = tiny_t5.trainer(config, summary_dir=str(tmp_path))
     for start in (0, 1, 2):
-        rig.run(trainer, 1, start)
+        tiny_t5.run(trainer, 1, start)
     path = next(iter(unpacked(trainer)))
     trainer.close()
     found = events(tmp_path)
@@ -166,9 +167,9 @@ def test_a_method_without_updates_has_one_image_and_no_churn(tmp_path):
 
 def test_a_dense_run_reports_flops_and_no_masks(tmp_path):
     config = ts.SparsityConfig(algorithm=ts.Dense())
-    trainer = rig.trainer(config, summary_dir=str(tmp_path))
-    trainer.compile_train(rig.batch())
-    summary = rig.run(trainer, 2)
+    trainer = tiny_t5.trainer(config, summary_dir=str(tmp_path))
+    trainer.compile_train(tiny_t5.batch())
+    summary = tiny_t5.run(trainer, 2)
     trainer.close()
     names = {n.split("/")[0] for n in summary}
     assert "flops" in names and not names & {"sparsity", "sparsity_target", "mask_churn"}
@@ -176,25 +177,25 @@ def test_a_dense_run_reports_flops_and_no_masks(tmp_path):
 
 
 def test_an_error_of_the_writing_thread_is_raised_at_the_end(monkeypatch):
-    trainer = rig.trainer(rig.rigl())
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
 
     def full(*arguments):
         raise OSError("no space left")
 
-    rig.run(trainer, 1)
+    tiny_t5.run(trainer, 1)
     monkeypatch.setattr(trainer.train_metrics_manager, "write_scalars", full)
     with pytest.raises(OSError, match="no space left"):
-        rig.run(trainer, 1, 1)
+        tiny_t5.run(trainer, 1, 1)
     with pytest.raises(OSError, match="no space left"):
         trainer.close()
 
 
 def test_what_was_explored_is_resumed(tmp_path):
-    config = rig.rigl(0.5, begin=1, end=7, period=2, track_explored=True)
-    whole_runs.run(tmp_path / "halves", config, 4)
-    resumed = whole_runs.run(tmp_path / "halves", config, 8)
-    whole = whole_runs.run(tmp_path / "whole", config, 8)
-    whole_runs.assert_same(resumed, whole)
+    config = tiny_t5.rigl(0.5, begin=1, end=7, period=2, track_explored=True)
+    inprocess_runs.run(tmp_path / "halves", config, 4)
+    resumed = inprocess_runs.run(tmp_path / "halves", config, 8)
+    whole = inprocess_runs.run(tmp_path / "whole", config, 8)
+    inprocess_runs.assert_same(resumed, whole)
     masks_now = {k: x for k, x in whole.items() if k.startswith("state/sparsity/masks/")}
     for name, mask in masks_now.items():
         ever = whole[name.replace("/masks/", "/explored/")]
@@ -211,7 +212,7 @@ def test_what_was_explored_is_resumed(tmp_path):
 
 @pytest.mark.parametrize("tracks", [True, False])
 def test_tracking_cannot_begin_or_end_in_the_middle(tmp_path, tracks):
-    config = functools.partial(rig.rigl, 0.5, begin=1, end=7, period=2)
-    whole_runs.run(tmp_path, config(track_explored=not tracks), 2)
+    config = functools.partial(tiny_t5.rigl, 0.5, begin=1, end=7, period=2)
+    inprocess_runs.run(tmp_path, config(track_explored=not tracks), 2)
     with pytest.raises(ValueError, match=f"SparsityConfig.track_explored = {not tracks}, as it"):
-        whole_runs.run(tmp_path, config(track_explored=tracks), 4)
+        inprocess_runs.run(tmp_path, config(track_explored=tracks), 4)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rig
-from runs import UNOPTIMIZED, environment, saved
+import tiny_t5
+from command_runs import UNOPTIMIZED, environment, saved
 
-from t5x_sparsity import masks
+from t5x_sparsity.core import packing
 
-pytestmark = [rig.t5x_only, pytest.mark.slow]
+pytestmark = [tiny_t5.t5x_only, pytest.mark.slow]
 
 # What a user without C4, WMT and their vocabulary at hand must set, and what makes a run short.
 BYTES = """
@@ -155,8 +155,8 @@ def test_the_wmt_finetune_example_starts_from_a_dense_checkpoint(tmp_path):
     prefix, moved = "state/sparsity/masks/", 0
     for name in [k for k in after if k.startswith(prefix)]:
         weight = before[f"target/{name[len(prefix) :]}"]
-        first = np.asarray(masks.unpack(start[name], weight.shape))
-        last = np.asarray(masks.unpack(after[name], weight.shape))
+        first = np.asarray(packing.unpack(start[name], weight.shape))
+        last = np.asarray(packing.unpack(after[name], weight.shape))
         # it starts with the largest of the dense run's weights, and moves on
         np.testing.assert_array_equal(
             start[f"target/{name[len(prefix) :]}"], np.where(first, weight, 0)

@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
-import rig
-from runs import environment
+import tiny_t5
+from command_runs import environment
 
-from t5x_sparsity.gin_values import check_bindings
+from t5x_sparsity.artifacts.gin_values import check_bindings
 
 
-def train(*arguments, cwd=rig.ROOT):
+def train(*arguments, cwd=tiny_t5.ROOT):
     return subprocess.run(
         [sys.executable, "-m", "t5x_sparsity.train", *arguments],
         cwd=cwd,
@@ -26,7 +26,7 @@ def test_help_lists_the_flags_and_every_method():
     for flag in ("--gin_file", "--gin_bindings", "--gin_search_paths", "--host", "--process_count"):
         assert f"  {flag}:" in done.stdout
     methods = done.stdout.split("Methods:")[1].split(".")[0].replace(",", " ").split()
-    files = {p.stem for p in (rig.ROOT / "gin/sparsity").glob("*.gin")}
+    files = {p.stem for p in (tiny_t5.ROOT / "gin/sparsity").glob("*.gin")}
     assert set(methods) == files - {"base", "from_dense"}
     assert "t5x-sparsity plan" in done.stdout and "Exit codes: 0; 2 " in done.stdout
 

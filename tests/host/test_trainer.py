@@ -7,13 +7,14 @@ import types
 import jax
 import numpy as np
 import pytest
-import rig
+import tiny_t5
 from jax.sharding import PartitionSpec
 
 import t5x_sparsity as ts
-from t5x_sparsity import host, masks
-from t5x_sparsity.core import flatten
-from t5x_sparsity.plugin import SparseOptimizer, sparse_trainer
+from t5x_sparsity import host
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.t5x import SparseOptimizer, sparse_trainer
 
 
 def mask_bytes(state):
@@ -22,7 +23,7 @@ def mask_bytes(state):
 
 @pytest.fixture(scope="module")
 def trainer():
-    trainer = rig.trainer(rig.rigl())
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
     yield trainer
     trainer.close()
 
@@ -30,7 +31,7 @@ def trainer():
 def test_masks_change_at_the_scheduled_steps_alone(trainer):
     before = mask_bytes(trainer.train_state)
     for step in range(9):
-        summary = rig.run(trainer, 1, start=step)
+        summary = tiny_t5.run(trainer, 1, start=step)
         after = mask_bytes(trainer.train_state)
         changed = any((before[p] != after[p]).any() for p in before)
         assert changed == (step in (2, 5, 8)), step
@@ -44,7 +45,7 @@ def test_pruned_weights_are_exactly_zero_and_counts_are_exact(trainer):
     weights = flatten(state.params)
     rows = {r.path: r for r in trainer.layer_summaries()}
     for path, stored in state._optimizer.state.sparsity.masks.items():
-        mask = np.asarray(masks.unpack(stored, weights[path].shape))
+        mask = np.asarray(packing.unpack(stored, weights[path].shape))
         assert (np.asarray(weights[path])[~mask] == 0).all()
         target = round(weights[path].size * (1 - rows[path].target))
         assert abs(int(mask.sum()) - target) <= 1
@@ -54,7 +55,7 @@ def test_pruned_weights_are_exactly_zero_and_counts_are_exact(trainer):
 def test_the_two_steps_compile_once(trainer):
     variants = trainer.train_step_variants()
     assert set(variants) == {"plain", "update"}
-    rig.run(trainer, 4, start=9)
+    tiny_t5.run(trainer, 4, start=9)
 
     def sizes():
         steps = [v._step for v in variants.values()]
@@ -62,12 +63,12 @@ def test_the_two_steps_compile_once(trainer):
         return [j._cache_size() for j in jitted]
 
     first = sizes()
-    rig.run(trainer, 6, start=13)
+    tiny_t5.run(trainer, 6, start=13)
     assert sizes() == first == [1, 1]
 
 
 def test_the_state_keeps_its_structure(trainer):
-    fresh = rig.initializer(rig.rigl())[0].global_train_state_shape
+    fresh = tiny_t5.initializer(tiny_t5.rigl())[0].global_train_state_shape
     state = trainer.train_state
     assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(fresh)]
     assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(fresh)]
@@ -77,12 +78,12 @@ def test_the_state_keeps_its_structure(trainer):
 
 def test_compiled_ahead_of_time_it_trains_the_same():
     def final(compile_first):
-        trainer = rig.trainer(rig.rigl())
+        trainer = tiny_t5.trainer(tiny_t5.rigl())
         if compile_first:
-            trainer.compile_train(rig.batch())
-        rig.run(trainer, 6)
+            trainer.compile_train(tiny_t5.batch())
+        tiny_t5.run(trainer, 6)
         trainer.close()
-        return rig.leaves(trainer.train_state)
+        return tiny_t5.leaves(trainer.train_state)
 
     a, b = final(False), final(True)
     assert a.keys() == b.keys()
@@ -109,15 +110,15 @@ class Held:
 
 
 def test_the_update_step_is_compiled_while_plain_steps_run():
-    trainer = rig.trainer(rig.rigl())
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
     released = threading.Event()
     trainer._steps["update"] = Held(trainer._steps["update"], released)
-    trainer.compile_train(rig.batch())
+    trainer.compile_train(tiny_t5.batch())
     before = mask_bytes(trainer.train_state)
-    rig.run(trainer, 2)  # the first update is at step 2
+    tiny_t5.run(trainer, 2)  # the first update is at step 2
     assert not trainer._compiled_steps["update"].done()
     released.set()
-    rig.run(trainer, 1, start=2)
+    tiny_t5.run(trainer, 1, start=2)
     after = mask_bytes(trainer.train_state)
     assert any((before[p] != after[p]).any() for p in before)
     trainer.close()
@@ -125,24 +126,24 @@ def test_the_update_step_is_compiled_while_plain_steps_run():
 
 @pytest.mark.slow
 def test_an_update_step_that_cannot_be_compiled_stops_the_run_before_it_is_due():
-    trainer = rig.trainer(rig.rigl())
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
     released = threading.Event()
     trainer._steps["update"] = Held(trainer._steps["update"], released, MemoryError("no room"))
-    trainer.compile_train(rig.batch())
-    rig.run(trainer, 1)
+    trainer.compile_train(tiny_t5.batch())
+    tiny_t5.run(trainer, 1)
     released.set()
     concurrent.futures.wait([trainer._compiled_steps["update"]])
     with pytest.raises(MemoryError, match="no room"):
-        rig.run(trainer, 1, start=1)
+        tiny_t5.run(trainer, 1, start=1)
     trainer.close()
 
 
 @pytest.mark.slow
 def test_the_step_that_comes_first_is_compiled_first():
-    trainer = rig.trainer(rig.rigl(begin=0))
+    trainer = tiny_t5.trainer(tiny_t5.rigl(begin=0))
     released = threading.Event()
     trainer._steps["plain"] = Held(trainer._steps["plain"], released)
-    trainer.compile_train(rig.batch())
+    trainer.compile_train(tiny_t5.batch())
     assert trainer._compiled_steps["update"].done()
     assert not trainer._compiled_steps["plain"].done()
     released.set()
@@ -150,8 +151,8 @@ def test_the_step_that_comes_first_is_compiled_first():
 
 
 def test_no_step_reads_from_the_device(monkeypatch):
-    trainer = rig.trainer(rig.rigl())
-    rig.run(trainer, 4)  # compiled by now, both of them
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
+    tiny_t5.run(trainer, 4)  # compiled by now, both of them
     state, reads = trainer.train_state, []
     value, own = type(state.step)._value.fget, threading.get_ident()
 
@@ -162,7 +163,7 @@ def test_no_step_reads_from_the_device(monkeypatch):
 
     monkeypatch.setattr(type(state.step), "_value", property(watched))
     for _ in range(4):
-        state, _metrics = trainer._partitioned_train_step(state, rig.batch())
+        state, _metrics = trainer._partitioned_train_step(state, tiny_t5.batch())
     assert not reads
     assert int(state.step) == 8
     assert reads == [()], "the watch over reads is blind"
@@ -172,21 +173,21 @@ def test_no_step_reads_from_the_device(monkeypatch):
 
 def test_static_masks_need_no_update_step():
     config = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.9)
-    trainer = rig.trainer(config)
+    trainer = tiny_t5.trainer(config)
     assert set(trainer.train_step_variants()) == {"plain"}
     before = mask_bytes(trainer.train_state)
-    rig.run(trainer, 3)
+    tiny_t5.run(trainer, 3)
     after = mask_bytes(trainer.train_state)
     assert before and all((before[p] == after[p]).all() for p in before)
     trainer.close()
 
 
 def test_a_dense_run_by_the_same_path_is_the_hosts_own():
-    dense = rig.trainer(ts.SparsityConfig(algorithm=ts.Dense()))
-    plain = rig.trainer(None)
-    rig.run(dense, 3)
-    rig.run(plain, 3)
-    ours, theirs = rig.leaves(dense.train_state), rig.leaves(plain.train_state)
+    dense = tiny_t5.trainer(ts.SparsityConfig(algorithm=ts.Dense()))
+    plain = tiny_t5.trainer(None)
+    tiny_t5.run(dense, 3)
+    tiny_t5.run(plain, 3)
+    ours, theirs = tiny_t5.leaves(dense.train_state), tiny_t5.leaves(plain.train_state)
     assert set(ours) - set(theirs) == {"state/sparsity/rng"}
     for path in theirs:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
@@ -196,13 +197,13 @@ def test_a_dense_run_by_the_same_path_is_the_hosts_own():
 
 def test_magnitude_reaches_its_target_at_the_last_update():
     updates = ts.Periodic(begin=1, end=6, period=2)
-    trainer = rig.trainer(
+    trainer = tiny_t5.trainer(
         ts.SparsityConfig(algorithm=ts.Magnitude(updates=updates), sparsity=0.75), "adafactor"
     )
     assert trainer.layer_summaries()[-1].sparsity == 0
     levels = []
     for step in range(7):
-        rig.run(trainer, 1, start=step)
+        tiny_t5.run(trainer, 1, start=step)
         levels.append(trainer.layer_summaries()[-1].sparsity)
     # updates at 1, 3, 5 and, off the grid, 6; the first is at the start of the ramp
     assert levels[0] == levels[1] == levels[2] == 0
@@ -212,10 +213,13 @@ def test_magnitude_reaches_its_target_at_the_last_update():
 
 
 def test_microbatches_are_the_bases():
-    whole, parts = rig.trainer(rig.rigl()), rig.trainer(rig.rigl(), num_microbatches=2)
-    rig.run(whole, 2)
-    rig.run(parts, 2)
-    a, b = rig.leaves(whole.train_state), rig.leaves(parts.train_state)
+    whole, parts = (
+        tiny_t5.trainer(tiny_t5.rigl()),
+        tiny_t5.trainer(tiny_t5.rigl(), num_microbatches=2),
+    )
+    tiny_t5.run(whole, 2)
+    tiny_t5.run(parts, 2)
+    a, b = tiny_t5.leaves(whole.train_state), tiny_t5.leaves(parts.train_state)
     for path in a:
         if path.startswith("target/"):
             np.testing.assert_allclose(a[path], b[path], atol=2e-2, err_msg=path)
@@ -233,9 +237,9 @@ def test_a_users_own_trainer_class_works():
             type(self).traced += 1
             return inner
 
-    trainer = rig.trainer(rig.rigl(), base=Counting)
+    trainer = tiny_t5.trainer(tiny_t5.rigl(), base=Counting)
     assert isinstance(trainer, Counting)
-    rig.run(trainer, 3)
+    tiny_t5.run(trainer, 3)
     # one build a compiled step, each through the user's class
     assert type(trainer).traced == 2
     trainer.close()
@@ -243,34 +247,34 @@ def test_a_users_own_trainer_class_works():
 
 def test_a_dense_train_state_is_refused():
     with pytest.raises(ValueError, match="would train dense.*train_state_initializer_cls"):
-        sparse_trainer(host.Trainer, **rig.trainer_arguments(None))
+        sparse_trainer(host.Trainer, **tiny_t5.trainer_arguments(None))
 
 
 def test_the_initializer_without_an_optimizer_changes_nothing():
-    from t5x_sparsity.plugin import SparseTrainStateInitializer
+    from t5x_sparsity.t5x import SparseTrainStateInitializer
 
     if host.NAME == "embedded":
         pytest.skip("the embedded host has no inference jobs, which pass no optimizer")
-    _, net, partitioner = rig.initializer(rig.rigl())
-    shapes = {k: (rig.BATCH, rig.LENGTH) for k in rig.FEATURES}
+    _, net, partitioner = tiny_t5.initializer(tiny_t5.rigl())
+    shapes = {k: (tiny_t5.BATCH, tiny_t5.LENGTH) for k in tiny_t5.FEATURES}
     init = SparseTrainStateInitializer(None, net.get_initial_variables, shapes, partitioner)
     state = init.from_scratch(jax.random.PRNGKey(0))
     assert not hasattr(state, "_optimizer")
 
 
 def test_the_initializer_without_a_config_says_so():
-    from t5x_sparsity.plugin import SparseTrainStateInitializer
+    from t5x_sparsity.t5x import SparseTrainStateInitializer
 
-    _, net, partitioner = rig.initializer(rig.rigl())
-    shapes = {k: (rig.BATCH, rig.LENGTH) for k in rig.FEATURES}
+    _, net, partitioner = tiny_t5.initializer(tiny_t5.rigl())
+    shapes = {k: (tiny_t5.BATCH, tiny_t5.LENGTH) for k in tiny_t5.FEATURES}
     with pytest.raises(ValueError, match=r"has no config; include one of sparsity/\*\.gin"):
         SparseTrainStateInitializer(
-            rig.OPTIMIZERS["adamw"](), net.get_initial_variables, shapes, partitioner
+            tiny_t5.OPTIMIZERS["adamw"](), net.get_initial_variables, shapes, partitioner
         )
 
 
 def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
-    init, _, _ = rig.initializer(rig.rigl())
+    init, _, _ = tiny_t5.initializer(tiny_t5.rigl())
     # an embed axis of 64 packs to 8 bytes, which 16 devices can't share
     rules = {"embed": "data"}
     axes = init.train_state_axes._optimizer.state.sparsity.masks
@@ -288,7 +292,7 @@ def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
 
 def test_plain_step_does_nothing_but_mask(trainer):
     """No loop of a search, and no more all-reduces than the dense step has."""
-    text = trainer.train_step_variants()["plain"].lower(trainer.train_state, rig.batch())
+    text = trainer.train_step_variants()["plain"].lower(trainer.train_state, tiny_t5.batch())
     assert "while" not in text.as_text()
 
 

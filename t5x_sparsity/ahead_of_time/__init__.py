@@ -1,0 +1,1 @@
+"""Compiling train steps for machines that are not here, and reading the compiled programs."""

@@ -1,0 +1,230 @@
+"""Train steps compiled ahead of time for TPU slices that are not here, by libtpu alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_sparsity import host
+from t5x_sparsity.ahead_of_time.program import CompiledStep, describe
+from t5x_sparsity.commands.plan.options import TPU_ENVIRONMENT
+
+_KINDS = "v4:2x2x2, v5e:4x4, v5p:2x2x2 or v6e:4x4"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class TopologyError(ValueError):
+    """There is no such slice, the mesh doesn't fit it, or libtpu is missing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A TPU slice, as libtpu describes it.
+
+    Attributes:
+      name: that it was asked for by.
+      devices: all of them; a process has `local_devices` of them.
+      hbm_bytes: memory of a device that a program can use; None: libtpu doesn't say.
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    hbm_bytes: int | None
+
+    @property
+    def kind(self) -> str:
+        return self.devices[0].device_kind
+
+    @property
+    def local_devices(self) -> list[Any]:
+        return [d for d in self.devices if d.process_index == 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """What came of compiling one step.
+
+    Attributes:
+      seconds: of tracing and compiling.
+      step: what it comes to; None where it was refused for memory.
+      needed_bytes: of a device's memory; None where libtpu refused it without saying.
+      available_bytes: likewise, of what there is.
+    """
+
+    seconds: float
+    step: CompiledStep | None
+    needed_bytes: int | None
+    available_bytes: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.step is not None
+
+
+def get_slice(name: str) -> Slice:
+    """The slice of a name such as 'v5e:4x4'.
+
+    Raises:
+      TopologyError: libtpu is not installed, or knows none of this name.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise TopologyError(
+            "compiling for a TPU slice needs libtpu, which isn't installed; "
+            "run pip install 't5x_sparsity[aot]', or leave --topology out"
+        )
+    for key, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    # as JAX has it on v4: a chip is one device
+    options = {"chip_config_name": "megacore"} if name.lower().startswith("v4:") else {}
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        ).devices
+    except Exception as e:
+        raise TopologyError(
+            f"libtpu knows no TPU slice {name!r} ({' '.join(str(e).split())}); give one such as "
+            f"{_KINDS}"
+        ) from e
+    return Slice(name, tuple(devices), _usable_bytes(devices[0]))
+
+
+def _usable_bytes(device: Any) -> int | None:
+    """Device memory as libtpu sees it: it says so when it refuses a program that needs more."""
+    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    far_too_large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=sharding)
+    try:
+        jax.jit(lambda x: x + 1).lower(far_too_large).compile()
+    except Exception as e:
+        return refusal(str(e))[1]
+    return None
+
+
+def refusal(message: str) -> tuple[int | None, int | None]:
+    """(bytes needed, bytes available) of a program refused for memory, as far as it says."""
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    for pattern in (
+        rf"memory required[^(]*\({size}\) exceeds available HBM \({size}\)",
+        rf"[Uu]sed {size} of {size} hbm",
+        rf"requires {size}[^.]*?only {size}",
+    ):
+        if match := re.search(pattern, message):
+            needed, unit, available, unit_available = match.groups()
+            return (
+                round(float(needed) * _UNITS[unit]),
+                round(float(available) * _UNITS[unit_available]),
+            )
+    return None, None
+
+
+@contextlib.contextmanager
+def on_slice(devices: Slice) -> Iterator[None]:
+    """Has JAX name the slice's devices to those who ask; nothing can run on them."""
+    # the embedded host runs as one process, to which all devices are local
+    local = devices.local_devices if host.NAME == "t5x" else list(devices.devices)
+    with (
+        mock.patch.object(jax, "devices", lambda backend=None: list(devices.devices)),
+        mock.patch.object(jax, "local_devices", lambda *args, **kwargs: local),
+        mock.patch.object(jax, "device_count", lambda backend=None: len(devices.devices)),
+        mock.patch.object(jax, "local_device_count", lambda backend=None: len(local)),
+    ):
+        yield
+
+
+def use_slice(partitioner: Any, devices: Slice) -> Mesh:
+    """Gives the partitioner the mesh that it would make on the slice, and returns it.
+
+    Raises:
+      TopologyError: it makes none there.
+    """
+    try:
+        with on_slice(devices):
+            mesh = partitioner.mesh
+    except (AssertionError, ValueError) as e:
+        said = " ".join(str(e).split()).rstrip(".") or "its parts don't divide the slice"
+        raise TopologyError(
+            f"the partitioner makes no mesh of the {len(devices.devices)} chips of "
+            f"{devices.name}: {said}{_remedy(partitioner, devices)}"
+        ) from e
+    cls = type(partitioner)
+    partitioner.__class__ = type(cls.__name__, (cls,), {"mesh": property(lambda self: mesh)})
+    return mesh
+
+
+def _remedy(partitioner: Any, devices: Slice) -> str:
+    """How T5X can be given a mesh; the embedded host says so itself."""
+    option = "--gin.partitioning.PjitPartitioner"
+    if host.NAME == "embedded":
+        return ""
+    asked = getattr(partitioner, "_model_parallel_submesh", None)
+    ways = math.prod(asked) if asked else getattr(partitioner, "_num_partitions", None) or 1
+    bounds = [max(d.coords[i] for d in devices.devices) + 1 for i in range(3)]
+    bounds.append(max(d.core_on_chip for d in devices.devices) + 1)
+    found = _submesh(ways, bounds)
+    if found is None:
+        return f". Each part of {option}.model_parallel_submesh must divide that of {tuple(bounds)}"
+    tile = str(found).replace(" ", "")
+    return f'. Add {option}.num_partitions=None "{option}.model_parallel_submesh={tile}"'
+
+
+def _submesh(ways: int, bounds: Sequence[int]) -> tuple[int, ...] | None:
+    """A tile of `ways` chips that divides the slice."""
+    if not bounds:
+        return () if ways == 1 else None
+    for n in sorted((n for n in range(1, bounds[0] + 1) if bounds[0] % n == 0), reverse=True):
+        rest = _submesh(ways // n, bounds[1:]) if ways % n == 0 else None
+        if rest is not None:
+            return (n, *rest)
+    return None
+
+
+def placed(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+    """The shapes of a train state with the sharding that its axes give each leaf."""
+
+    def is_axes(x):
+        return x is None or isinstance(x, PartitionSpec)
+
+    specs = {
+        jax.tree_util.keystr(k): spec
+        for k, spec in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
+    }
+
+    def place(keys, x):
+        spec = specs.get(jax.tree_util.keystr(keys)) or PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def compile_step(step: Any, devices: Slice, *arguments: Any) -> Compilation:
+    """Compiles what has `lower`, for abstract arguments that are placed on the slice."""
+    begun = time.monotonic()
+    needed, available, found = None, devices.hbm_bytes, None
+    try:
+        with on_slice(devices):
+            lowered = step.lower(*arguments)
+        found = describe(lowered.compile())
+        needed = found.peak_bytes
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        needed, said = refusal(str(e))
+        available = said or available
+    return Compilation(
+        seconds=time.monotonic() - begun,
+        step=found,
+        needed_bytes=needed,
+        available_bytes=available,
+    )

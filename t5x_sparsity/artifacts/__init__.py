@@ -1,0 +1,1 @@
+"""What lies on disk, read and written without a host or a model."""

@@ -1,0 +1,205 @@
+"""Exact compression of sparse weights by the pattern of their zeros.
+
+Values are moved as bits and never computed with, so that NaN, infinities, -0 and every dtype come
+back as they were; whatever isn't stored comes back as +0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from t5x_sparsity.artifacts.encodings import (
+    CSR,
+    NM,
+    Arrays,
+    Bitmask,
+    Blocks,
+    Dense,
+    Encoding,
+    check,
+    group_counts,
+)
+from t5x_sparsity.artifacts.found_patterns import parse_pattern
+
+# the values' name, beside the arrays that place them
+VALUES = "values"
+
+_FOUND_GROUPS = (2, 4, 8, 16, 32)
+_FOUND_BLOCKS = (64, 32, 16, 8, 4, 2)
+
+
+def encode(x: np.ndarray, kept: np.ndarray, encoding: Encoding) -> Arrays:
+    """The arrays of a weight; 'values' have its dtype.
+
+    kept: bool, in x's shape; where x is stored. It must be all that isn't 0.
+    """
+    return {VALUES: encoding.values(x, kept), **encoding.index(kept)}
+
+
+def decode(arrays: Mapping[str, np.ndarray], encoding: Encoding, shape: Sequence[int]):
+    """The weight, in the dtype of its values.
+
+    Raises:
+      ValueError: the arrays contradict each other.
+    """
+    if isinstance(encoding, Dense):
+        check(arrays[VALUES].shape == tuple(shape), "its values contradict its shape")
+        return arrays[VALUES]
+    positions, values = stored(arrays, encoding, shape)
+    x = np.zeros(math.prod(shape), values.dtype)
+    x[positions] = values
+    return x.reshape(shape)
+
+
+def stored(
+    arrays: Mapping[str, np.ndarray], encoding: Encoding, shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(positions in the flat weight, values) of what is stored, in the order of the file.
+
+    Raises:
+      ValueError: the arrays contradict each other.
+    """
+    positions = encoding.positions(shape, arrays)
+    check(
+        positions.shape == arrays[VALUES].shape,
+        f"it has {arrays[VALUES].shape} values for {positions.shape} positions",
+    )
+    inside = positions >= 0
+    positions, values = positions[inside], arrays[VALUES][inside]
+    seen = np.zeros(math.prod(shape), bool)
+    seen[positions] = True
+    check(np.count_nonzero(seen) == positions.size, "one position has several values")
+    return positions, values
+
+
+def stored_bytes(x: np.ndarray, kept: np.ndarray, encoding: Encoding) -> int:
+    """Bytes of all arrays of a weight, without encoding it."""
+    values, index_bytes = encoding.size(kept)
+    return values * x.dtype.itemsize + index_bytes
+
+
+def bound_bytes(encoding: Encoding, shape: Sequence[int], kept: int, itemsize: int) -> int:
+    """What no exact code of this pattern can go below on average, if values don't compress.
+
+    The values of the positions kept, and log2 of the number of ways to choose these positions.
+    """
+    return kept * itemsize + math.ceil(encoding.pattern_bits(shape, kept) / 8)
+
+
+def choose(
+    x: np.ndarray,
+    kept: np.ndarray,
+    *,
+    exactly: bool = True,
+    pattern: str = "",
+    stack_axes: Sequence[int] = (),
+    smallest: bool = False,
+) -> Encoding:
+    """The encoding of a weight by the pattern of its zeros.
+
+    The smallest of the pattern's own and CSR; a bit mask where neither is smaller than dense; dense
+    where that isn't either.
+
+    Args:
+      x: the weight.
+      kept: bool, in its shape; where it is stored.
+      exactly: whether no other position may be stored, so that `kept` can be read back.
+      pattern: as the run recorded it, such as 'NByM(n=2, m=4, axis=-2)'. It is looked for in `kept`
+        where the record doesn't hold.
+      stack_axes: the axes along which slices are pruned apart.
+      smallest: take a bit mask wherever it is smaller.
+    """
+    if kept.all():
+        return Dense()
+    recorded = from_pattern(pattern, kept.shape, stack_axes)
+    if recorded is not None and recorded.fits(kept, exactly=exactly):
+        candidates = [recorded]
+    else:
+        candidates = find(kept, exactly=exactly, stack_axes=stack_axes)
+    candidates += [e for e in (CSR(),) if e.fits(kept)]
+    if smallest:
+        candidates.append(Bitmask())
+    for group in (candidates, [Bitmask()]):
+        sizes = [stored_bytes(x, kept, e) for e in group]
+        if sizes and min(sizes) < x.nbytes:
+            return group[sizes.index(min(sizes))]
+    return Dense()
+
+
+def from_pattern(pattern: str, shape: Sequence[int], stack_axes: Sequence[int]) -> Encoding | None:
+    """The encoding of a pattern by its repr; None if it has none of its own."""
+    try:
+        name, fields = parse_pattern(pattern)
+        free = [a for a in range(len(shape)) if a not in stack_axes]
+        if name == "NByM":
+            return NM(n=fields["n"], m=fields["m"], axis=free[fields["axis"]])
+        block = [1] * len(shape)
+        if name == "Block":
+            for axis, n in ((free[-2], fields["height"]), (free[-1], fields["width"])):
+                block[axis] = n or shape[axis]
+            return Blocks(block=tuple(block))
+        if name == "Channel":
+            for axis in set(free) - {free[fields["axis"]]}:
+                block[axis] = shape[axis]
+            return Blocks(block=tuple(block))
+    except (ValueError, KeyError, IndexError, TypeError):
+        pass  # another pattern, or one of somebody's own: what there is will be looked at
+    return None
+
+
+def find(
+    kept: np.ndarray, *, exactly: bool = True, stack_axes: Sequence[int] = ()
+) -> list[Encoding]:
+    """Encodings by the structure of `kept`: N:M for m up to 32, channels, blocks up to 64 long."""
+    found: list[Encoding] = []
+    free = [a for a in range(kept.ndim) if a not in stack_axes]
+    if not kept.size:
+        return found
+    for axis in free[-2:]:
+        found += _groups(kept, axis, exactly)
+    # what is alike along each axis is alike in blocks
+    block = tuple(_run(kept, a) if a in free else 1 for a in range(kept.ndim))
+    if math.prod(block) > 1:
+        found.append(Blocks(block=block))
+    return found
+
+
+def _groups(kept: np.ndarray, axis: int, exactly: bool) -> list[Encoding]:
+    """Every n:m along an axis that holds."""
+    found: list[Encoding] = []
+    for m in _FOUND_GROUPS:
+        # most often a sample tells that there is no such pattern
+        if kept.shape[axis] % m or group_counts(_sample(kept, axis), axis, m).max() == m:
+            continue
+        counts = group_counts(kept, axis, m)
+        n, same = int(counts.max()), bool(counts.min() == counts.max())
+        if 0 < n < m and (same or not exactly):
+            found.append(NM(n=n, m=m, axis=axis))
+        if same:
+            break  # 4:8 says no more than 2:4
+    return found
+
+
+def _run(kept: np.ndarray, axis: int) -> int:
+    """The longest runs along an axis, from its origin, that are alike in all of `kept`."""
+    n = kept.shape[axis]
+    lengths = [n, *(b for b in _FOUND_BLOCKS if b < n)]
+    others = tuple(a for a in range(kept.ndim) if a != axis)
+    for part in (_sample(kept, axis), kept):
+        before, after = (_cut(part, axis, s) for s in (slice(n - 1), slice(1, n)))
+        alike = (before == after).all(axis=others)  # [i]: whether i and i + 1 are
+        inside = [np.arange(n - 1) % b != b - 1 for b in lengths]
+        lengths = [b for b, pairs in zip(lengths, inside, strict=True) if alike[pairs].all()]
+    return max(lengths, default=1)
+
+
+def _sample(x: np.ndarray, axis: int) -> np.ndarray:
+    """A corner of x that is whole along an axis."""
+    return x[tuple(slice(None) if a == axis else slice(16) for a in range(x.ndim))]
+
+
+def _cut(x: np.ndarray, axis: int, part: slice) -> np.ndarray:
+    return x[(slice(None),) * axis + (part,)]

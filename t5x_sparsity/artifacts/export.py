@@ -1,0 +1,395 @@
+"""Weights of a checkpoint as one safetensors file, dense or compressed, and back.
+
+docs/export.md describes the file. One weight at a time is in memory while it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from t5x_sparsity import __version__
+from t5x_sparsity.artifacts import compression, encodings
+from t5x_sparsity.artifacts.checkpoint import Checkpoint
+from t5x_sparsity.artifacts.compression import VALUES
+from t5x_sparsity.artifacts.encodings import Dense, Encoding
+from t5x_sparsity.artifacts.tensor_files import Reader, Writer
+
+FORMATS = ("dense", "compressed")
+# what --dtype takes
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+FORMS = ("arrays", "bcoo", "masks")
+
+_FORMAT = "t5x_sparsity."
+_VERSION = 1
+
+
+class ExportError(ValueError):
+    """What was asked for can't be exported."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportedWeight:
+    """What became of a weight.
+
+    Attributes:
+      path: of the weight.
+      shape: of the weight.
+      dtype: in the file.
+      kept: positions that the mask keeps. Without a mask, those that aren't 0 if they are at most
+        half of a matrix, else all: such a weight is dense.
+      encoding: how it is stored.
+      has_mask: whether the positions kept can be read back as the run's mask.
+      pattern: as the run recorded it, '' for a weight that it doesn't list, as the next.
+      algorithm: likewise.
+      stack_axes: the axes along which slices were pruned apart.
+      dense_bytes: of all values in this dtype.
+      exported_bytes: of its tensors in the file.
+      bound_bytes: what an exact code of this pattern can't go below, see `compressed.bound_bytes`.
+      note: what a reader should know, '' for nothing.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    kept: int
+    encoding: Encoding
+    has_mask: bool
+    pattern: str
+    algorithm: str
+    stack_axes: tuple[int, ...]
+    dense_bytes: int
+    exported_bytes: int
+    bound_bytes: int
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        """Weights in all."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights not kept, in [0, 1]."""
+        return 1 - self.kept / self.size if self.size else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file says of the weight, for JSON."""
+        return {
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "encoding": self.encoding.name,
+            **dataclasses.asdict(self.encoding),
+            "kept": self.kept,
+            "sparsity": self.sparsity,
+            "mask": self.has_mask,
+            "pattern": self.pattern,
+            "algorithm": self.algorithm,
+            "stack_axes": list(self.stack_axes),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+      path: of the file.
+      format: 'dense' or 'compressed'.
+      step: of the checkpoint.
+      weights: in the order of the checkpoint.
+      file_bytes: of the file, header included.
+    """
+
+    path: str
+    format: str
+    step: int | None
+    weights: Sequence[ExportedWeight]
+    file_bytes: int
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: str | os.PathLike,
+    *,
+    format: str = "dense",
+    dtype: str | None = None,
+    include: str | None = None,
+    smallest: bool = False,
+    overwrite: bool = False,
+    on_weight: Callable[[str], None] = lambda path: None,
+) -> Exported:
+    """Writes a checkpoint's weights, those under target/, to a safetensors file.
+
+    Args:
+      checkpoint: from `open_checkpoint`.
+      out: the file; it is there once it is complete.
+      format: 'dense': arrays with exact zeros; 'compressed': each by the pattern of its zeros.
+      dtype: 'float32', 'bfloat16' or 'float16' for all floating-point weights, None for their own.
+      include: a regular expression; weights whose path it is found in, None for all.
+      smallest: of compressed weights, whether a bit mask is taken wherever it is smaller than CSR.
+      overwrite: whether a file of that name is replaced.
+      on_weight: called with each path before it is read.
+
+    Raises:
+      ExportError: an argument is out of range, no weight is included, or a value doesn't fit the
+        dtype.
+      FileExistsError, NotADirectoryError: see `Writer`.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    paths = _included(list(checkpoint.weights), include)
+    weights = []
+    with Writer(out, overwrite=overwrite) as writer:
+        for path in paths:
+            on_weight(path)
+            x = _converted(checkpoint.weights[path].read(), dtype, path)
+            weight, arrays = _exported(checkpoint, path, x, format, smallest)
+            for name, array in arrays.items():
+                own = path if isinstance(weight.encoding, Dense) else f"{path}.{name}"
+                writer.add(own, array)
+            weights.append(weight)
+        described = {w.path: w.as_dict() for w in weights}
+        file_bytes = writer.finish(
+            {
+                "format": _FORMAT + format,
+                "version": str(_VERSION),
+                "producer": f"t5x_sparsity {__version__}",
+                "step": "" if checkpoint.step is None else str(checkpoint.step),
+                "weights": json.dumps(described),
+            }
+        )
+    return Exported(
+        path=os.fspath(out),
+        format=format,
+        step=checkpoint.step,
+        weights=weights,
+        file_bytes=file_bytes,
+    )
+
+
+def _included(paths: list[str], include: str | None) -> list[str]:
+    if include is None:
+        return paths
+    try:
+        found = [p for p in paths if re.search(include, p)]
+    except re.error as e:
+        raise ExportError(f"include is not a regular expression: {e}, got {include!r}") from e
+    if not found:
+        raise ExportError(
+            f"include, {include!r}, is found in no weight's path; these are "
+            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"
+        )
+    return found
+
+
+def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
+    if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    with np.errstate(all="ignore"):
+        y = x.astype(DTYPES[dtype])
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        raise ExportError(
+            f"{path} has values that {dtype} can't hold: its largest magnitude is "
+            f"{np.max(np.abs(x[np.isfinite(x)])):.4g}; choose another dtype"
+        )
+    return y
+
+
+def _exported(
+    checkpoint: Checkpoint, path: str, x: np.ndarray, format: str, smallest: bool
+) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
+    recorded = checkpoint.record_of(path)
+    pattern, stack_axes = recorded.get("pattern", ""), tuple(checkpoint.stack_axes(path))
+    kept, has_mask, note = _kept(checkpoint, path, x)
+    encoding: Encoding = Dense()
+    if format == "compressed":
+        encoding = compression.choose(
+            x,
+            kept,
+            exactly=has_mask,
+            pattern=pattern,
+            stack_axes=stack_axes,
+            smallest=smallest,
+        )
+    count = int(np.count_nonzero(kept))
+    is_dense = isinstance(encoding, Dense)
+    if is_dense and format == "compressed" and count < x.size:
+        note = note or "stays dense, as no encoding is smaller; its mask isn't exported"
+    signed = 0 if is_dense else int(np.count_nonzero((_bits(x) != 0) & ~kept))
+    if signed:
+        lost = f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
+        note = f"{note}; {lost}" if note else lost
+    arrays = compression.encode(x, kept, encoding)
+    weight = ExportedWeight(
+        path=path,
+        shape=x.shape,
+        dtype=x.dtype.name,
+        kept=count,
+        encoding=encoding,
+        has_mask=has_mask and (not is_dense or count == x.size),
+        pattern=pattern,
+        algorithm=recorded.get("algorithm", ""),
+        stack_axes=stack_axes,
+        dense_bytes=x.nbytes,
+        exported_bytes=sum(a.nbytes for a in arrays.values()),
+        bound_bytes=compression.bound_bytes(encoding, x.shape, count, x.itemsize),
+        note=note,
+    )
+    return weight, arrays
+
+
+def _kept(checkpoint: Checkpoint, path: str, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
+    """(bool array of what is stored, whether it is the mask, a note)."""
+    # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
+    nonzero = x != 0
+    if path in checkpoint.masks:
+        mask = checkpoint.read_mask(path)
+        outside = int(np.count_nonzero(nonzero & ~mask))
+        if not outside:
+            return mask, True, ""
+        return nonzero, False, f"{outside:,} weights that its mask prunes aren't 0; it isn't kept"
+    if x.ndim < 2 or 2 * np.count_nonzero(nonzero) > x.size:
+        # a scale, a bias, or a dense weight: the zeros that it may have are values
+        return np.ones_like(nonzero), False, ""
+    return nonzero, False, ""
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """x as unsigned integers, so that -0 is told from +0."""
+    return np.ascontiguousarray(x).reshape(x.shape).view(f"u{x.itemsize}")
+
+
+def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = False) -> dict:
+    """Reads a file of `t5x-sparsity export`, dense or compressed.
+
+    Args:
+      path: of the file.
+      as_: 'arrays': NumPy arrays, in bits what was exported, but that pruned zeros of a compressed
+        weight have no sign, ready for `model.apply({'params': ...})`. 'bcoo': a
+        `jax.experimental.sparse.BCOO` of the weight's shape for each sparse weight, a NumPy array
+        for each other. Of a compressed file, that is each weight that isn't stored dense, and what
+        a mask keeps is stored even where it is 0. JAX makes 64-bit values 32-bit ones, unless told
+        otherwise. 'masks': bool arrays, True where a weight is kept, of the weights whose mask is
+        in the file: those of a compressed one.
+      flat: return weights by path rather than nested by its parts.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no safetensors file, not a whole one, none of this package, of a newer
+        version, or contradicts itself; or `as_` is out of range.
+    """
+    if as_ not in FORMS:
+        raise ValueError(f"as_ must be one of {', '.join(FORMS)}, got {as_!r}")
+    reader = Reader(path)
+    form, described = _described(path, reader.metadata)
+    loaded: dict[str, Any] = {}
+    for name, fields in described.items():
+        if as_ == "masks" and not fields["mask"]:
+            continue
+        try:
+            loaded[name] = _loaded(reader, name, fields, as_, form)
+        except (ValueError, IndexError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is damaged: weight {name!r}: {e}") from e
+    if as_ == "masks" and not loaded:
+        raise ValueError(
+            f"{path} has no masks: "
+            + (
+                "export with --format compressed to keep them"
+                if form == "dense"
+                else "none of the weights in it had one to keep; export sparse weights of a "
+                "checkpoint with masks"
+            )
+        )
+    return loaded if flat else _nested(loaded)
+
+
+def _described(path, metadata: Mapping[str, str]) -> tuple[str, dict[str, dict]]:
+    """(format, what the file says of its weights)."""
+    form = metadata.get("format", "")
+    if not form.startswith(_FORMAT):
+        raise ValueError(
+            f"{path} was not written by t5x-sparsity export; safetensors.numpy.load_file reads it"
+        )
+    version = metadata.get("version", "")
+    if not version.isdecimal() or int(version) > _VERSION or form[len(_FORMAT) :] not in FORMATS:
+        raise ValueError(
+            f"{path} has format {form!r}, version {version!r}, but this t5x_sparsity, {__version__}"
+            f", reads versions up to {_VERSION}; a newer one may read it"
+        )
+    try:
+        weights = json.loads(metadata["weights"])
+        for fields in weights.values():
+            fields["encoding"], fields["shape"], fields["dtype"], fields["kept"], fields["mask"]
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged: it doesn't say which weights it has") from e
+    return form[len(_FORMAT) :], weights
+
+
+def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form: str):
+    encoding = encodings.from_dict(fields["encoding"], fields)
+    shape = tuple(fields["shape"])
+    if isinstance(encoding, Dense):
+        arrays = {VALUES: reader.read(name)}
+    else:
+        prefix = f"{name}."
+        own = (n for n in reader.names if n.startswith(prefix))
+        arrays = {n.removeprefix(prefix): reader.read(n) for n in own}
+    if arrays[VALUES].dtype.name != fields["dtype"]:
+        raise ValueError(f"its dtype is {arrays[VALUES].dtype}, not {fields['dtype']}")
+    if as_ == "arrays":
+        return compression.decode(arrays, encoding, shape)
+    if isinstance(encoding, Dense):
+        x = compression.decode(arrays, encoding, shape)
+        if as_ == "masks":  # a mask that keeps all
+            return np.ones(shape, bool)
+        if form == "compressed" or fields["kept"] == math.prod(shape):
+            return x
+        flat = x.reshape(-1)
+        positions = np.flatnonzero(flat)
+        return _bcoo(positions, flat[positions], shape)
+    positions, values = compression.stored(arrays, encoding, shape)
+    if as_ == "masks":
+        mask = np.zeros(math.prod(shape), bool)
+        mask[positions] = True
+        return mask.reshape(shape)
+    return _bcoo(positions, values, shape)
+
+
+def _bcoo(positions: np.ndarray, values: np.ndarray, shape: Sequence[int]):
+    from jax.experimental import sparse
+
+    order = np.argsort(positions, kind="stable")
+    indices = np.stack(np.unravel_index(positions[order], shape), axis=-1).astype(np.int32)
+    return sparse.BCOO(
+        (jnp.asarray(values[order]), jnp.asarray(indices)),
+        shape=tuple(shape),
+        indices_sorted=True,
+        unique_indices=True,
+    )
+
+
+def _nested(flat: Mapping[str, Any]) -> dict:
+    tree: dict = {}
+    for path, x in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = x
+    return tree

@@ -1,0 +1,1 @@
+"""`t5x-sparsity export`: a checkpoint's weights as safetensors."""

@@ -1,0 +1,1 @@
+"""`t5x-sparsity inspect`: a checkpoint's sparsity, weight by weight."""

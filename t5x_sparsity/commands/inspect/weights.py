@@ -1,0 +1,291 @@
+"""The weights of checkpoints, looked at a part at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from t5x_sparsity.artifacts.checkpoint import Checkpoint
+from t5x_sparsity.artifacts.checkpoint_arrays import Index
+from t5x_sparsity.artifacts.found_patterns import Found, PatternFinder
+from t5x_sparsity.artifacts.kept_bits import KeptBits
+from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
+
+# The most bytes of bits, one a weight, that are held of a weight; a single slice is the least.
+BITS_BYTES = 64 * 2**20
+# Numbers are compared in float64, of which a few times as many are held.
+COMPARED_BYTES = 16 * 2**20
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """What was found of a weight.
+
+    Attributes:
+      path: of the weight.
+      shape: of the weight.
+      dtype: its name, as saved.
+      axes: how it is a stack of matrices.
+      has_mask: whether the checkpoint has a mask of it.
+      kept: weights that the mask keeps; without a mask in the whole checkpoint, those of a matrix
+        that aren't zero; else all.
+      nonzero: weights that aren't zero; None where that was not looked at.
+      kept_zeros: weights that are zero where the mask keeps, such as those just grown.
+      pruned_nonzeros: weights that aren't zero where the mask prunes; there should be none.
+      found: what its zeros look like; None for what is dense or no matrix.
+      target: sparsity that the record asks for in the end, in [0, 1]; None where it doesn't say.
+      pattern: that of the record, as its repr; '' where it doesn't say.
+      algorithm: likewise.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: MatrixAxes
+    has_mask: bool
+    kept: int
+    nonzero: int | None = None
+    kept_zeros: int = 0
+    pruned_nonzeros: int = 0
+    found: Found | None = None
+    target: float | None = None
+    pattern: str = ""
+    algorithm: str = ""
+
+    @property
+    def size(self) -> int:
+        """Weights in all."""
+        return math.prod(self.shape)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it has a mask, or zeros that count as one."""
+        return self.has_mask or self.kept < self.size
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights pruned, in [0, 1]."""
+        return 1 - self.kept / self.size if self.size else 0.0
+
+    @property
+    def found_pattern(self) -> str:
+        """The pattern found, in words."""
+        if self.found is not None:
+            return self.found.pattern
+        if self.kept in (0, self.size):
+            return "dense" if self.kept else "all zero"
+        return "unstructured"
+
+
+def counts_zeros(checkpoint: Checkpoint, path: str) -> bool:
+    """Whether a weight's own zeros stand for a mask: it is a matrix, and nothing has a mask."""
+    return not checkpoint.masks and _is_matrix(axes_of(checkpoint, path))
+
+
+def axes_of(checkpoint: Checkpoint, path: str) -> MatrixAxes:
+    """The axes of a weight, by the record where it knows them."""
+    ndim = len(checkpoint.weights[path].shape)
+    return matrix_axes(ndim, checkpoint.stack_axes(path), checkpoint.axes(path))
+
+
+def _is_matrix(axes: MatrixAxes) -> bool:
+    return bool(axes.inputs and axes.outputs)
+
+
+def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n: None) -> Weight:
+    """Looks at a weight; a dense one isn't read.
+
+    Args:
+      checkpoint: whose weight it is.
+      path: of the weight.
+      progress: is told how many bytes have been read, as they are.
+
+    Raises:
+      CheckpointError: the weight or its mask is damaged.
+    """
+    weight, axes = checkpoint.weights[path], axes_of(checkpoint, path)
+    record = checkpoint.record_of(path)
+    has_mask = path in checkpoint.masks
+    facts = {
+        "path": path,
+        "shape": weight.shape,
+        "dtype": weight.dtype.name,
+        "axes": axes,
+        "has_mask": has_mask,
+        "target": record.get("sparsity"),
+        "pattern": record.get("pattern", ""),
+        "algorithm": record.get("algorithm", ""),
+    }
+    if not has_mask and not counts_zeros(checkpoint, path) or not weight.shape:
+        progress(weight.nbytes)
+        return Weight(**facts, kept=weight.size)
+    finder = PatternFinder(facts["pattern"] if has_mask and facts["pattern"] else None)
+    nonzero = kept_count = kept_zeros = pruned_nonzeros = 0
+    slice_shape = [weight.shape[a] for a in (*axes.inputs, *axes.outputs)]
+    at_once = max(1, 8 * BITS_BYTES // max(1, math.prod(slice_shape)))
+    for group in _groups(weight.shape, axes.stack, at_once):
+        slices: dict[tuple[int, ...], KeptBits] = {}
+        for index, x in weight.parts(group):
+            is_set = x != 0
+            kept = checkpoint.read_mask(path, index) if has_mask else is_set
+            nonzero += np.count_nonzero(is_set)
+            kept_count += np.count_nonzero(kept)
+            kept_zeros += np.count_nonzero(kept & ~is_set)
+            pruned_nonzeros += np.count_nonzero(is_set & ~kept)
+            _add(slices, kept, index, axes, slice_shape)
+            progress(x.nbytes)
+        for bits in slices.values():
+            finder.add(bits)
+    return Weight(
+        **facts,
+        kept=int(kept_count),
+        nonzero=int(nonzero),
+        kept_zeros=int(kept_zeros),
+        pruned_nonzeros=int(pruned_nonzeros),
+        found=finder.result() if _is_matrix(axes) else None,
+    )
+
+
+def _groups(shape: Sequence[int], stack: Sequence[int], most: int) -> Iterator[Index]:
+    """Indices of at most so many whole slices each."""
+    lengths = list(shape)
+    for axis in reversed(stack):
+        lengths[axis] = max(1, min(shape[axis], most))
+        most //= lengths[axis]
+    cuts = [
+        [slice(a, min(a + n, size)) for a in range(0, size, max(1, n))]
+        for size, n in zip(shape, lengths, strict=True)
+    ]
+    return itertools.product(*cuts)
+
+
+def _add(
+    slices: dict[tuple[int, ...], KeptBits],
+    kept: np.ndarray,
+    index: Index,
+    axes: MatrixAxes,
+    slice_shape: Sequence[int],
+) -> None:
+    """Adds a part of a weight to the slices that it is of."""
+    free = (*axes.inputs, *axes.outputs)
+    inner = [index[a] for a in free]
+    kept = kept.transpose(*axes.stack, *free)
+    for at in np.ndindex(*kept.shape[: len(axes.stack)]):
+        place = tuple(index[a].start + i for a, i in zip(axes.stack, at, strict=True))
+        if place not in slices:
+            slices[place] = KeptBits(slice_shape, len(axes.outputs))
+        slices[place].add(kept[at], inner)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A weight in two checkpoints, A and B, or several weights together.
+
+    Attributes:
+      path: of the weight; 'total' for several.
+      shape: of the weight, () for several.
+      size: weights in all.
+      kept: weights that A keeps.
+      other_kept: weights that B keeps.
+      both: weights that both keep.
+      moved: sum of (b - a)^2 over all weights.
+      norm: sum of a^2.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    other_kept: int
+    both: int
+    moved: float
+    norm: float
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether either prunes anything."""
+        return min(self.kept, self.other_kept) < self.size
+
+    @property
+    def overlap(self) -> float | None:
+        """Weights that both keep, of those that either keeps; None if neither keeps any."""
+        either = self.kept + self.other_kept - self.both
+        return self.both / either if either else None
+
+    @property
+    def share_kept(self) -> float | None:
+        """Weights that both keep, of those that A keeps."""
+        return self.both / self.kept if self.kept else None
+
+    @property
+    def churn(self) -> float | None:
+        """Weights that B keeps and A prunes, of those that B keeps."""
+        return 1 - self.both / self.other_kept if self.other_kept else None
+
+    @property
+    def change(self) -> float | None:
+        """||b - a|| / ||a||, in L2; None where it is no finite number."""
+        if not self.moved:
+            return 0.0
+        found = math.sqrt(self.moved / self.norm) if self.norm else math.inf
+        return found if math.isfinite(found) else None
+
+
+def compare_weight(
+    a: Checkpoint, b: Checkpoint, path: str, progress: Progress = lambda n: None
+) -> Comparison:
+    """Compares a weight of two checkpoints, which has one shape in both.
+
+    Raises:
+      CheckpointError: the weight or a mask is damaged.
+    """
+    weight, other = a.weights[path], b.weights[path]
+    kept_count = other_count = both = 0
+    moved = norm = 0.0
+    for index, x in weight.parts(max_bytes=COMPARED_BYTES):
+        y = other.read(index)
+        kept, other_kept = _kept(a, path, index, x), _kept(b, path, index, y)
+        kept_count += np.count_nonzero(kept)
+        other_count += np.count_nonzero(other_kept)
+        both += np.count_nonzero(kept & other_kept)
+        x = x.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            norm += float(np.sum(np.square(x)))
+            moved += float(np.sum(np.square(y.astype(np.float64) - x)))
+        progress(weight.dtype.itemsize * x.size)
+    return Comparison(
+        path=path,
+        shape=weight.shape,
+        size=weight.size,
+        kept=int(kept_count),
+        other_kept=int(other_count),
+        both=int(both),
+        moved=moved,
+        norm=norm,
+    )
+
+
+def _kept(checkpoint: Checkpoint, path: str, index: Index, x: np.ndarray) -> np.ndarray:
+    if path in checkpoint.masks:
+        return checkpoint.read_mask(path, index)
+    return x != 0 if counts_zeros(checkpoint, path) else np.ones(x.shape, bool)
+
+
+def total(rows: Sequence[Comparison]) -> Comparison:
+    """Several weights together."""
+    return Comparison(
+        path="total",
+        shape=(),
+        size=sum(r.size for r in rows),
+        kept=sum(r.kept for r in rows),
+        other_kept=sum(r.other_kept for r in rows),
+        both=sum(r.both for r in rows),
+        moved=sum(r.moved for r in rows),
+        norm=sum(r.norm for r in rows),
+    )

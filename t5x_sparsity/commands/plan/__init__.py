@@ -1,0 +1,1 @@
+"""`t5x-sparsity plan`: what a run would be, from its gin files."""

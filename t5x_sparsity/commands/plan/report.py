@@ -1,0 +1,321 @@
+"""The report of `t5x-sparsity plan`, as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from t5x_sparsity.ahead_of_time.program import COLLECTIVES
+from t5x_sparsity.ahead_of_time.slices import Compilation
+from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.monitoring.flops import RunFlops
+
+# The exit code of a plan whose steps don't fit the slice.
+DoesNotFit = 3
+
+
+class WeightRow(NamedTuple):
+    """One weight of the model.
+
+    Attributes:
+      path: of the weight.
+      shape: of the whole weight.
+      axes: logical axis names, None where there are none.
+      spec: the mesh axes that split it, None where replicated.
+      pattern: the shape its zeros come in, '' for a dense weight, as the next.
+      algorithm: what decides on its mask.
+      sparsity: its target, None where it is dense or only the total has one.
+      kept: weights that aren't zero in the end, None where only the total is known.
+      mask_bytes: of its stored mask, on all devices together.
+      is_sparse: whether it has a mask.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...] | None
+    spec: tuple[Any, ...] | None
+    pattern: str
+    algorithm: str
+    sparsity: float | None
+    kept: int | None
+    mask_bytes: int
+    is_sparse: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SliceReport:
+    """What the steps come to on a TPU slice, each chip.
+
+    Attributes:
+      name: of the topology.
+      kind: of its chips.
+      chips: their number.
+      mesh: axis -> size.
+      hbm_bytes: of a chip, as much as a program can use.
+      steps: 'dense', 'plain' and, where masks change, 'update'.
+    """
+
+    name: str
+    kind: str
+    chips: int
+    mesh: Mapping[str, int]
+    hbm_bytes: int | None
+    steps: Mapping[str, Compilation]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all steps of the run itself fit; the dense one is there to compare."""
+        own = [c for kind, c in self.steps.items() if kind != "dense" or len(self.steps) == 1]
+        return all(c.fits for c in own)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Report:
+    """A run's plan.
+
+    Attributes:
+      host: 't5x' or 'embedded'.
+      is_sparse: whether the run includes sparsity at all.
+      weights: of the model.
+      target: the sparsity of all sparse weights together; None where there are none.
+      kept: weights of the model that aren't zero in the end.
+      total_steps: of the run.
+      flops: of the run, sparse and dense.
+      other_state_bytes: what the algorithms keep beside masks.
+      mask_bytes_per_device: on the mesh.
+      mesh: axis -> size.
+      missing_imports: modules that gin files name and that aren't installed.
+      warnings: what is odd about it, a sentence each.
+      slice: None where none was asked for.
+    """
+
+    host: str
+    is_sparse: bool
+    weights: Sequence[WeightRow]
+    target: float | None
+    kept: int
+    total_steps: int
+    flops: RunFlops
+    other_state_bytes: int
+    mask_bytes_per_device: int
+    mesh: Mapping[str, int]
+    missing_imports: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    slice: SliceReport | None = None
+
+    @property
+    def sparse(self) -> list[WeightRow]:
+        return [r for r in self.weights if r.is_sparse]
+
+    @property
+    def dense(self) -> list[WeightRow]:
+        return [r for r in self.weights if not r.is_sparse]
+
+    @property
+    def mask_bytes(self) -> int:
+        return sum(r.mask_bytes for r in self.weights)
+
+    @property
+    def training_share(self) -> float:
+        return self.flops.training / self.flops.dense_training
+
+    @property
+    def inference_share(self) -> float:
+        return self.flops.forward / self.flops.dense_forward
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "host": self.host,
+            "is_sparse": self.is_sparse,
+            "missing_imports": list(self.missing_imports),
+            "warnings": list(self.warnings),
+            "weights": [
+                {k: v for k, v in r._asdict().items() if r.is_sparse or k != "mask_bytes"}
+                | {"size": r.size}
+                for r in self.weights
+            ],
+            "totals": {
+                "weights": sum(r.size for r in self.weights),
+                "sparse_weights": sum(r.size for r in self.sparse),
+                "sparsity": self.target,
+                "kept": self.kept,
+                "mask_bytes": self.mask_bytes,
+                "mask_bytes_per_device": self.mask_bytes_per_device,
+                "other_state_bytes": self.other_state_bytes,
+            },
+            "flops": {
+                "total_steps": self.total_steps,
+                "training_share": self.training_share,
+                "inference_share": self.inference_share,
+                **self.flops._asdict(),
+            },
+            "mesh": dict(self.mesh),
+            "topology": None if self.slice is None else _slice_dict(self.slice),
+        }
+
+    def as_text(self, *, all_weights: bool) -> str:
+        """For a person."""
+        parts = [self._weights_text(all_weights), self._summary_text()]
+        if self.slice is not None:
+            parts.append(_slice_text(self.slice))
+        return "\n\n".join(parts)
+
+    def _weights_text(self, all_weights: bool) -> str:
+        rows = [_row(r) for r in self.weights if r.is_sparse or all_weights]
+        if self.dense and not all_weights:
+            size = sum(r.size for r in self.dense)
+            what = f"{len(self.dense)} dense weights"
+            rows.append((what, "", "", "", "", "", "", f"{size:,}", f"{size:,}", ""))
+        size = sum(r.size for r in self.weights)
+        rows.append(
+            ("total", "", "", "", "", "", "", f"{size:,}", f"{self.kept:,}", f"{self.mask_bytes:,}")
+        )
+        headers = (
+            "weight", "shape", "logical axes", "PartitionSpec", "pattern", "algorithm", "sparsity",
+            "weights", "kept", "mask bytes",
+        )  # fmt: skip
+        align = (*["left"] * 6, *["right"] * 4)
+        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+
+    def _summary_text(self) -> str:
+        lines = []
+        if self.missing_imports:
+            names = ", ".join(sorted(set(self.missing_imports)))
+            lines.append(f"Passed over, not installed: {names}")
+        size = sum(r.size for r in self.weights)
+        sparse = sum(r.size for r in self.sparse)
+        if not self.is_sparse:
+            lines.append("The run is dense: it includes none of sparsity/*.gin.")
+        elif not self.sparse:
+            lines.append("The run is dense: no weight is made sparse.")
+        else:
+            lines.append(
+                f"Sparse: {sparse:,} of {size:,} weights, {self.target:.2%} of them zero in the "
+                f"end, {1 - self.kept / size:.2%} of all."
+            )
+            mesh = " x ".join(f"{n} {axis}" for axis, n in self.mesh.items())
+            lines.append(
+                f"Masks: {format_bytes(self.mask_bytes)} in all, "
+                f"{format_bytes(self.mask_bytes_per_device)} on each device of the mesh ({mesh})."
+            )
+            if self.other_state_bytes:
+                lines.append(
+                    f"Other state of the method: {format_bytes(self.other_state_bytes)} in all."
+                )
+        lines.append(
+            f"FLOPs against dense, were zeros skipped: training {self.training_share:.3f} over "
+            f"{self.total_steps:,} steps, inference {self.inference_share:.3f}."
+        )
+        lines.append(
+            f"Dense: {self.flops.dense_forward:.4g} FLOPs a forward pass over a batch, "
+            f"{self.flops.dense_training:.4g} in training."
+        )
+        lines += [f"Beware: {warning}." for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _row(r: WeightRow) -> tuple[str, ...]:
+    return (
+        r.path,
+        "x".join(map(str, r.shape)),
+        "" if r.axes is None else ", ".join(str(a) for a in r.axes),
+        "" if r.spec is None else ", ".join(_axis(a) for a in r.spec),
+        r.pattern,
+        r.algorithm,
+        "" if r.sparsity is None else f"{r.sparsity:.2%}",
+        f"{r.size:,}",
+        "" if r.kept is None else f"{r.kept:,}",
+        f"{r.mask_bytes:,}" if r.is_sparse else "",
+    )
+
+
+def _axis(axis: Any) -> str:
+    return "+".join(axis) if isinstance(axis, tuple) else "-" if axis is None else str(axis)
+
+
+def _slice_dict(found: SliceReport) -> dict[str, Any]:
+    def of(c: Compilation) -> dict[str, Any]:
+        step = None
+        if c.step is not None:
+            step = dataclasses.asdict(c.step)
+            step["collectives"] = {k: x._asdict() for k, x in c.step.collectives.items()}
+        return {
+            "fits": c.fits,
+            "compile_seconds": c.seconds,
+            "needed_bytes": c.needed_bytes,
+            "available_bytes": c.available_bytes,
+            "per_chip": step,
+        }
+
+    return {
+        "name": found.name,
+        "chip": found.kind,
+        "chips": found.chips,
+        "mesh": dict(found.mesh),
+        "usable_bytes_per_chip": found.hbm_bytes,
+        "fits": found.fits,
+        "steps": {kind: of(c) for kind, c in found.steps.items()},
+    }
+
+
+def _slice_text(found: SliceReport) -> str:
+    steps = [c.step for c in found.steps.values()]
+
+    def row(name, show):
+        return (name, *("" if s is None else show(s) for s in steps))
+
+    def collective(kind):
+        def show(s):
+            c = s.collectives.get(kind)
+            return "-" if c is None else f"{c.count:,} x, {format_bytes(c.bytes)}"
+
+        return row(kind, show)
+
+    rows = [
+        row("arguments", lambda s: format_bytes(s.argument_bytes)),
+        row("temporaries", lambda s: format_bytes(s.temp_bytes)),
+        row("program", lambda s: format_bytes(s.code_bytes)),
+        row("peak", lambda s: format_bytes(s.peak_bytes)),
+        row("GFLOPs", lambda s: f"{s.flops / 1e9:,.1f}"),
+        *(collective(k) for k in COLLECTIVES if any(s and k in s.collectives for s in steps)),
+        ("compile seconds", *(f"{c.seconds:.1f}" for c in found.steps.values())),
+        ("fits", *("yes" if c.fits else "no" for c in found.steps.values())),
+    ]
+    mesh = " x ".join(f"{n} {axis}" for axis, n in found.mesh.items())
+    lines = [
+        f"{found.name}: {found.chips} chips ({found.kind}), mesh {mesh}. On each chip:",
+        "",
+        tabulate(
+            rows,
+            headers=("", *found.steps),
+            colalign=("left", *["right"] * len(steps)),
+            disable_numparse=True,
+        ),
+        "",
+    ]
+    if any(s and s.open_loops for s in steps):
+        lines.append("Collectives in loops that may end early, as a search does, are counted once.")
+    for kind, c in found.steps.items():
+        if not c.fits:
+            lines.append(f"The {kind} step does not fit: {_of(c)}.")
+    if found.fits:
+        own = [c for kind, c in found.steps.items() if kind != "dense" or len(steps) == 1]
+        lines.append(f"It fits: {_of(max(own, key=lambda c: c.needed_bytes))} a chip.")
+    return "\n".join(lines)
+
+
+def _of(c: Compilation) -> str:
+    if c.needed_bytes is None:
+        return "libtpu refused it for memory"
+    if c.available_bytes is None:
+        return format_bytes(c.needed_bytes)
+    return f"{c.needed_bytes / 2**30:.2f} of {c.available_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,1 @@
+"""`t5x-sparsity report`: one page of one or more runs."""

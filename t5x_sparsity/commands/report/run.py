@@ -1,0 +1,193 @@
+"""A run as `t5x-sparsity report` shows it: what was planned, and the numbers that it came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from t5x_sparsity.artifacts.events import Run, Series, resolve
+
+TOTAL = "total"
+
+# the loss by the names that hosts and models give it, the one to be preferred first
+_LOSSES = ("loss_per_nonpadding_target_token", "loss_per_all_target_tokens", "loss")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportRun:
+    """One run of a report.
+
+    Attributes:
+      name: that the page shows.
+      index: of the run on the page, from 0; decides on its colour.
+      run: what its folder holds.
+    """
+
+    name: str
+    index: int
+    run: Run
+
+    @property
+    def record(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.run.record
+
+    @property
+    def is_sparse(self) -> bool:
+        return bool(self.record or self.run.group("sparsity"))
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of algorithms, the one with the most weights first."""
+        return self._by_weights("algorithm")
+
+    @property
+    def patterns(self) -> list[str]:
+        """Patterns as they are written in gin, the one with the most weights first."""
+        return self._by_weights("pattern")
+
+    def _by_weights(self, key: str) -> list[str]:
+        sizes: dict[str, int] = {}
+        for path, values in self.record.items():
+            name = str(values.get(key, "")).removesuffix("()")
+            sizes[name] = sizes.get(name, 0) + self.size(path)
+        return [name for name in sorted(sizes, key=lambda n: (-sizes[n], n)) if name]
+
+    def size(self, path: str) -> int:
+        """Weights at a path, 0 where unknown."""
+        return math.prod(self.record.get(path, {}).get("shape", [0]))
+
+    @property
+    def distribution(self) -> str | None:
+        found = resolve(self.run.bindings, "SparsityConfig.distribution")
+        return None if found is None else str(found)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the run was to have."""
+        for name in ("TRAIN_STEPS", "train.total_steps"):
+            if isinstance(found := resolve(self.run.bindings, name), int):
+                return found
+        return None
+
+    @functools.cached_property
+    def last_step(self) -> int:
+        """The last step that there are events of."""
+        series = [self.run.train, *self.run.evals.values()]
+        return max(int(s.steps[-1]) for tags in series for s in tags.values())
+
+    @property
+    def sparse_weights(self) -> int:
+        return sum(self.size(p) for p in self.record)
+
+    @property
+    def train_loss(self) -> tuple[str, Series] | None:
+        """Name and values, None where there are none."""
+        return _loss(self.run.train)
+
+    @property
+    def eval_losses(self) -> dict[str, Series]:
+        """Validation loss by task."""
+        found = {task: _loss(tags) for task, tags in self.run.evals.items()}
+        return {task: loss[1] for task, loss in found.items() if loss}
+
+    def targets(self) -> dict[str, float]:
+        """Path -> the target at the last step; absent where only the total has one.
+
+        Events of before targets were written have those that were planned for the end.
+        """
+        found = self.run.group("sparsity_target")
+        if found:
+            return {p: s.last for p, s in found.items() if p != TOTAL}
+        return {
+            p: v["sparsity"] for p, v in self.record.items() if isinstance(v.get("sparsity"), float)
+        }
+
+    def last(self, tag: str) -> float | None:
+        """The last value of a series of training, None where there is none."""
+        series = self.run.train.get(tag)
+        return None if series is None else series.last
+
+    def key_numbers(self) -> dict[str, Any]:
+        """For JSON; what is unknown or not finite is None."""
+        loss = self.train_loss
+        sparsity, target = self.last("sparsity/total"), self.last("sparsity_target/total")
+        churn = self.run.train.get("mask_churn/total")
+        kept = None
+        if sparsity is not None and self.run.weights and self.record:
+            kept = self.run.weights - round(sparsity * self.sparse_weights)
+        found = {
+            "name": self.name,
+            "folder": self.run.folder,
+            "methods": self.methods,
+            "patterns": self.patterns,
+            "distribution": self.distribution,
+            "weights": self.run.weights,
+            "sparse_weights": self.sparse_weights,
+            "weights_kept": kept,
+            "sparsity": sparsity,
+            "sparsity_target": target,
+            "steps": self.last_step,
+            "total_steps": self.total_steps,
+            "train_loss": None if loss is None else float(smoothed(loss[1]).last),
+            "validation": {t: _validation(s) for t, s in self.eval_losses.items()},
+            "churn": None if churn is None else churn.last,
+            "churn_mean": None if churn is None else _mean(churn),
+            "explored": self.last("mask_explored/total"),
+            "flops_training": self.last("flops/training"),
+            "flops_training_dense": self.last("flops/training_dense"),
+            "flops_training_share": self.last("flops/training_share"),
+            "flops_inference_share": self.last("flops/inference_share"),
+            "remarks": list(self.run.remarks),
+        }
+        return _finite(found)
+
+
+def _loss(tags: Mapping[str, Series]) -> tuple[str, Series] | None:
+    return next(((name, tags[name]) for name in _LOSSES if name in tags), None)
+
+
+def _validation(series: Series) -> dict[str, Any]:
+    finite = np.isfinite(series.values)
+    best = int(np.argmin(np.where(finite, series.values, np.inf))) if finite.any() else None
+    return {
+        "step": int(series.steps[-1]),
+        "loss": series.last,
+        "best_step": None if best is None else int(series.steps[best]),
+        "best_loss": None if best is None else float(series.values[best]),
+    }
+
+
+def _mean(series: Series) -> float | None:
+    """Of what is finite, None where nothing is."""
+    finite = series.values[np.isfinite(series.values)]
+    return float(finite.mean()) if finite.size else None
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def window(series: Series) -> int:
+    """Points that a mean of the series is taken over: one in 30, 1 of a short series."""
+    return max(1, len(series.steps) // 30)
+
+
+def smoothed(series: Series) -> Series:
+    """The exponential mean over about `window(series)` points; passes over what isn't finite."""
+    span = window(series)
+    keep = 1 - 2 / (span + 1)
+    mean = weight = 0.0
+    values = np.full(series.values.shape, np.nan)
+    for i, x in enumerate(series.values):
+        if math.isfinite(x):
+            mean, weight = keep * mean + (1 - keep) * x, keep * weight + 1 - keep
+            values[i] = mean / weight
+    return Series(series.steps, values)

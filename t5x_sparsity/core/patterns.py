@@ -1,0 +1,355 @@
+"""What shape the zeros of a weight come in.
+
+A pattern says which weights live and die together, its units, and how many of them a sparsity level
+keeps. Which ones is a matter of scores, for all weights of a model at once: see `selection.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from t5x_sparsity.core import exact_sums, topk
+
+
+class Pattern(Protocol):
+    """The contract of a pattern. Shapes are those of one slice: stacked axes are taken out."""
+
+    @property
+    def relaxed(self) -> Pattern:
+        """The pattern by which weights are dropped, before this one is completed."""
+
+    def validate(self, shape: Sequence[int]) -> None:
+        """Raises ValueError, without naming the weight, if a slice can't take this pattern."""
+
+    @property
+    def fixed_level(self) -> float | None:
+        """The sparsity that the pattern itself sets, in [0, 1]; None where it takes any.
+
+        A pattern that sets it has a `choose`, as NByM has, and needs no pooling.
+        """
+
+    def units(self, shape: Sequence[int]) -> int:
+        """Units in a slice."""
+
+    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+        """Units of a slice that are kept at `sparsity`."""
+
+    def pool(self, scores: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
+        """Scores of weights -> scores of units; as many axes, stacked ones untouched."""
+
+    def pool_mask(self, mask: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
+        """A mask of weights -> of units: whether any weight of a unit is marked."""
+
+    def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes of the whole weight, beside stacked ones, along which units are chosen apart."""
+
+    def sizes(self, shape: Sequence[int], stack_axes: Sequence[int]) -> jax.Array | int:
+        """Weights in every unit, int32, broadcast against the units. shape: the whole weight's."""
+
+    def expand(
+        self, units: jax.Array, shape: Sequence[int], stack_axes: Sequence[int]
+    ) -> jax.Array:
+        """A mask of units -> of weights. shape: the whole weight's."""
+
+
+def _kept(units: int, sparsity: float) -> int:
+    """max(1, round(N (1 - s))); none only where s is exactly 1."""
+    return 0 if sparsity == 1 else max(1, round(units * (1 - sparsity)))
+
+
+def free_axes(ndim: int, stack_axes: Sequence[int]) -> list[int]:
+    """The axes that are not stacked."""
+    return [a for a in range(ndim) if a not in stack_axes]
+
+
+class _Together:
+    """A pattern's part where the units of a slice are chosen together."""
+
+    def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
+        return ()
+
+
+class _Weights(_Together):
+    """A pattern's part where every weight is a unit of its own."""
+
+    def units(self, shape: Sequence[int]) -> int:
+        return math.prod(shape)
+
+    def pool(self, scores, stack_axes):
+        return scores
+
+    def pool_mask(self, mask, stack_axes):
+        return mask
+
+    def sizes(self, shape, stack_axes):
+        return 1
+
+    def expand(self, units, shape, stack_axes):
+        return units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unstructured(_Weights):
+    """Any weight may be zero: the k of largest score are kept, per slice."""
+
+    @property
+    def relaxed(self) -> Unstructured:
+        return self
+
+    def validate(self, shape: Sequence[int]) -> None:
+        del shape
+
+    @property
+    def fixed_level(self) -> None:
+        return None
+
+    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+        return _kept(self.units(shape), sparsity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block(_Together):
+    """Blocks of `height` x `width` over a slice's last two axes live and die together.
+
+    A block's score is its weights' mean or largest |score|; a block at a ragged edge pools what is
+    there. The k blocks of largest score are kept (Narang et al. 2017, arXiv:1711.02782, section
+    3.1, which takes the largest).
+
+    Attributes:
+      height: weights along axis -2, at least 1; 0 takes the whole axis.
+      width: weights along axis -1, likewise.
+      pooling: 'mean' or 'max'.
+    """
+
+    height: int
+    width: int
+    pooling: str = "mean"
+
+    def __post_init__(self):
+        for name, n in (("height", self.height), ("width", self.width)):
+            if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+                raise ValueError(
+                    f"Block.{name} must be an integer of at least 1, or 0 for the whole axis, "
+                    f"got {n!r}"
+                )
+        if self.pooling not in ("mean", "max"):
+            raise ValueError(f"Block.pooling must be 'mean' or 'max', got {self.pooling!r}")
+
+    @property
+    def relaxed(self) -> Block:
+        return self
+
+    def validate(self, shape: Sequence[int]) -> None:
+        for name, n, size in (("height", self.height, shape[-2]), ("width", self.width, shape[-1])):
+            if n > size:
+                raise ValueError(
+                    f"Block.{name} is {n}, but a slice of shape {tuple(shape)} has {size}; choose "
+                    "a smaller block"
+                )
+
+    @property
+    def fixed_level(self) -> None:
+        return None
+
+    def units(self, shape: Sequence[int]) -> int:
+        height, width = self._block(shape)
+        return math.prod(shape[:-2]) * -(-shape[-2] // height) * -(-shape[-1] // width)
+
+    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+        return _kept(self.units(shape), sparsity)
+
+    def _block(self, shape: Sequence[int]) -> tuple[int, int]:
+        return self.height or shape[-2], self.width or shape[-1]
+
+    def _split(self, x, stack_axes, fill):
+        """x as blocks, and the two axes that run within a block; ragged edges filled up."""
+        rows, columns = free_axes(x.ndim, stack_axes)[-2:]
+        height, width = self._block((x.shape[rows], x.shape[columns]))
+        for axis, n in ((columns, width), (rows, height)):  # the later axis first: its place stays
+            blocks = -(-x.shape[axis] // n)
+            missing = blocks * n - x.shape[axis]
+            if missing:
+                pad = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+                x = jnp.pad(x, pad, constant_values=fill)
+            x = x.reshape(*x.shape[:axis], blocks, n, *x.shape[axis + 1 :])
+        return x, (rows + 1, columns + 2)
+
+    def pool(self, scores, stack_axes):
+        blocks, within = self._split(jnp.abs(scores), stack_axes, 0)
+        if self.pooling == "max":
+            return jnp.max(blocks, axis=within)
+        total = jnp.squeeze(exact_sums.ordered_sum(blocks, within), within)
+        return total / self.sizes(scores.shape, stack_axes).astype(jnp.float32)
+
+    def pool_mask(self, mask, stack_axes):
+        blocks, within = self._split(mask, stack_axes, False)
+        return jnp.any(blocks, axis=within)
+
+    def sizes(self, shape, stack_axes):
+        def lengths(axis, n):
+            blocks = -(-shape[axis] // n)
+            there = jnp.full(blocks, n, jnp.int32).at[-1].add(shape[axis] - blocks * n)
+            return there.reshape([blocks if a == axis else 1 for a in range(len(shape))])
+
+        rows, columns = free_axes(len(shape), stack_axes)[-2:]
+        height, width = self._block((shape[rows], shape[columns]))
+        return lengths(rows, height) * lengths(columns, width)
+
+    def expand(self, units, shape, stack_axes):
+        rows, columns = free_axes(len(shape), stack_axes)[-2:]
+        height, width = self._block((shape[rows], shape[columns]))
+        for axis, n in ((rows, height), (columns, width)):
+            units = jax.lax.slice_in_dim(jnp.repeat(units, n, axis=axis), 0, shape[axis], axis=axis)
+        return units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Channel(_Together):
+    """Whole channels along `axis` of a slice live and die together.
+
+    A channel's score is the sum of |score| over its weights. axis -1 are the output neurons of a
+    Flax kernel [in, out], -2 its inputs (Li et al. 2017, arXiv:1608.08710, section 3.1).
+    """
+
+    axis: int = -1
+
+    @property
+    def relaxed(self) -> Channel:
+        return self
+
+    def validate(self, shape: Sequence[int]) -> None:
+        _check_axis("Channel", self.axis, shape)
+
+    @property
+    def fixed_level(self) -> None:
+        return None
+
+    def units(self, shape: Sequence[int]) -> int:
+        return shape[self.axis]
+
+    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+        return _kept(self.units(shape), sparsity)
+
+    def _within(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
+        """The axes that run within a channel."""
+        free = free_axes(ndim, stack_axes)
+        return tuple(a for a in free if a != free[self.axis])
+
+    def pool(self, scores, stack_axes):
+        return exact_sums.ordered_sum(scores, self._within(scores.ndim, stack_axes))
+
+    def pool_mask(self, mask, stack_axes):
+        return jnp.any(mask, axis=self._within(mask.ndim, stack_axes), keepdims=True)
+
+    def sizes(self, shape, stack_axes):
+        return math.prod(shape[a] for a in self._within(len(shape), stack_axes))
+
+    def expand(self, units, shape, stack_axes):
+        return jnp.broadcast_to(units, tuple(shape))
+
+
+def _check_axis(name: str, axis: int, shape: Sequence[int]) -> None:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{name} axis {axis} is not an axis of a slice of shape {tuple(shape)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConstantFanIn(_Weights):
+    """Every output neuron, along a slice's last axis, has as many weights as any other.
+
+    k = max(1, round((1 - s) fan_in)) of them (Lasby et al. 2023, arXiv:2305.02299, section 3).
+    """
+
+    @property
+    def relaxed(self) -> Unstructured:
+        # dropping leaves no neuron more than it had; completing this pattern gives each its k again
+        return Unstructured()
+
+    def validate(self, shape: Sequence[int]) -> None:
+        del shape
+
+    @property
+    def fixed_level(self) -> None:
+        return None
+
+    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+        return shape[-1] * _kept(math.prod(shape[:-1]), sparsity)
+
+    def split_axes(self, ndim, stack_axes):
+        return (free_axes(ndim, stack_axes)[-1],)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NByM(_Weights):
+    """In every run of `m` consecutive weights along `axis`, the `n` of largest score are kept.
+
+    The level is 1 - n/m, whatever level is asked for; on the way there, as a level schedule may ask
+    for, more than n of a group are kept. The default axis, -2, is the reduction axis
+    of a Flax kernel [in, out], along which sparse tensor cores want their 2:4 (Mishra et al. 2021,
+    arXiv:2104.08378, section 3).
+    """
+
+    n: int
+    m: int
+    axis: int = -2
+
+    def __post_init__(self):
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"NByM needs 0 < n <= m, got n={self.n}, m={self.m}")
+
+    @property
+    def relaxed(self) -> Unstructured:
+        # a group never holds more than n, so dropping needs no groups; `fill` restores n in each
+        return Unstructured()
+
+    def validate(self, shape: Sequence[int]) -> None:
+        _check_axis("NByM", self.axis, shape)
+        if shape[self.axis] % self.m:
+            raise ValueError(
+                f"{self.n}:{self.m} needs axis {self.axis} to be a multiple of {self.m}, but it "
+                f"has {shape[self.axis]} of shape {tuple(shape)}; choose another axis or m"
+            )
+
+    @property
+    def fixed_level(self) -> float:
+        return 1 - self.n / self.m
+
+    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+        del sparsity
+        return math.prod(shape) // self.m * self.n
+
+    def choose(self, scores, k, keep, where, stack_axes) -> jax.Array:
+        """The largest of every group; what `keep` marks comes first, what `where` bars last.
+
+        As many of a group as k weights of a slice come to, rounded up: n, where k is `kept`.
+        """
+        free = free_axes(scores.ndim, stack_axes)
+        axis = free[self.axis]
+        groups_of_slice = math.prod(scores.shape[a] for a in free) // self.m
+        n = -(-k // groups_of_slice)
+        if jnp.ndim(n):  # a number a slice
+            inner = [a if a <= axis else a + 1 for a in free]
+            n = jnp.expand_dims(n, (*inner, axis + 1))
+        shape = (*scores.shape[:axis], -1, self.m, *scores.shape[axis + 1 :])
+        groups = topk.ordered_keys(scores).reshape(shape)
+        tier = jnp.ones(groups.shape, jnp.uint8)
+        if where is not None:
+            tier = where.reshape(shape).astype(jnp.uint8)
+        if keep is not None:
+            tier = jnp.where(keep.reshape(shape), jnp.uint8(2), tier)
+        place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, axis + 1)
+        rank = jnp.zeros(groups.shape, jnp.int32)
+        for j in range(self.m):  # the rank is how many of the group come before
+            one = jax.lax.slice_in_dim(groups, j, j + 1, axis=axis + 1)
+            one_tier = jax.lax.slice_in_dim(tier, j, j + 1, axis=axis + 1)
+            tied = (one_tier == tier) & (one == groups)
+            before = (one_tier > tier) | ((one_tier == tier) & (one > groups))
+            rank += (before | (tied & (j < place))).astype(jnp.int32)
+        chosen = (rank < n) & (tier > 0)
+        return chosen.reshape(scores.shape)

@@ -1,0 +1,64 @@
+"""Arrays of weights that are alike, computed on as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.contract import LayerPlan, Plan
+
+Arrays = Mapping[str, jax.Array]
+
+
+def map_alike(
+    plan: Plan, function: Callable[..., jax.Array], *arrays: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """`function` of every weight's arrays, called once for all weights that are alike.
+
+    A model of many layers then compiles to a small program: the pieces of a result that go into
+    another call, or into a selection, are one array to the compiler. Only weights of one sharding
+    share a call, as a stack of others would move between devices.
+
+    Args:
+      plan: of the weights; its order is the result's.
+      function: called with the plan of one of the weights and a stack of each of their `arrays`,
+        along a new first axis, along which it must treat all alike. Returns such a stack.
+      arrays: by path, for every weight of the plan.
+    """
+    members: dict[Hashable, list[str]] = {}
+    for path, layer in plan.items():
+        own = tuple((jnp.shape(a[path]), jnp.result_type(a[path])) for a in arrays)
+        sharding = path if layer.axes is None else layer.axes  # no axes: nothing is known of it
+        key = (sharding, layer.shape, layer.stack_axes, layer.pack_axis, own)
+        members.setdefault(key, []).append(path)
+    found: dict[str, jax.Array] = {}
+    for paths in members.values():
+        stacks = [jnp.stack([a[p] for p in paths]) for a in arrays]
+        # the barrier keeps a compiler from moving parts of the stack into what they were made by,
+        # where it doesn't see that all parts together are the stack again
+        result = lax.optimization_barrier(function(plan[paths[0]], *stacks))
+        found |= {p: lax.index_in_dim(result, i, keepdims=False) for i, p in enumerate(paths)}
+    return {path: found[path] for path in plan}
+
+
+def pack_alike(plan: Plan, masks: Arrays) -> dict[str, jax.Array]:
+    """`masks.pack` of every weight's mask."""
+
+    def pack(layer: LayerPlan, stack: jax.Array) -> jax.Array:
+        return packing.pack(stack, None if layer.pack_axis is None else layer.pack_axis + 1)
+
+    return map_alike(plan, pack, masks)
+
+
+def unpack_alike(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
+    """`masks.unpack` of every weight's stored mask."""
+
+    def unpack(layer: LayerPlan, stack: jax.Array) -> jax.Array:
+        return packing.unpack(stack, (stack.shape[0], *layer.shape))
+
+    return map_alike(plan, unpack, stored)

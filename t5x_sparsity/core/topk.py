@@ -1,0 +1,456 @@
+"""Exact top-k masks without a sort, and without moving a weight between devices.
+
+A score is mapped to an unsigned key of the same order, the key is cut into 16-bit digits, and the
+digits of the k-th largest key are found one bit a pass, most significant first. A pass counts, in
+place, how many digits reach a candidate: under a sharded `jit` that is a local reduction and one
+all-reduce of a number a selection. A mask is what lies above the k-th key, so the search keeps
+nothing a weight but the digits it reads. Ties are settled by the same search over flat indices, and
+only where there are any. Everything is integer arithmetic, so that the masks are the same bit for
+bit on every mesh and platform.
+
+The order is that of a stable descending sort: larger scores first, equal scores (0.0 and -0.0 are
+equal) by lower flat index, infinities as numbers, and NaN after everything else.
+
+Masks are True where a score is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from t5x_sparsity.core.packing import pack_axis
+
+_DIGIT_BITS = 16
+_DIGIT_MASK = (1 << _DIGIT_BITS) - 1
+
+# dtype -> (unsigned integer of the same width, bits of infinity)
+_FORMATS = {
+    "float32": (jnp.uint32, 0x7F800000),
+    "bfloat16": (jnp.uint16, 0x7F80),
+    "float16": (jnp.uint16, 0x7C00),
+}
+
+
+class Count(NamedTuple):
+    """A number of weights below 2**47, as high * 2**16 + low, without 64-bit integers.
+
+    A selection over a whole model may span more weights than an int32 can count.
+    """
+
+    high: jax.Array  # int32
+    low: jax.Array  # int32 in [0, 2**16)
+
+    @classmethod
+    def of(cls, value: int | jax.Array | Count) -> Count:
+        """Converts a Python integer of any size, an integer array, or a Count."""
+        if isinstance(value, Count):
+            return value
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError(f"the number to keep must not be negative, got {value}")
+            high, low = divmod(value, 1 << _DIGIT_BITS)
+            return cls(jnp.int32(high), jnp.int32(low))
+        value = jnp.asarray(value)
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"the number to keep must be an integer, got {value.dtype}")
+        return cls(
+            (value >> _DIGIT_BITS).astype(jnp.int32), (value & _DIGIT_MASK).astype(jnp.int32)
+        )
+
+    def __add__(self, other: Count) -> Count:
+        low = self.low + other.low
+        return Count(self.high + other.high + (low >> _DIGIT_BITS), low & _DIGIT_MASK)
+
+    def __sub__(self, other: Count) -> Count:
+        low = self.low - other.low
+        return Count(self.high - other.high + (low >> _DIGIT_BITS), low & _DIGIT_MASK)
+
+    def times(self, factor: int) -> Count:
+        """self * factor, a Python integer below 2**15."""
+        low = self.low * factor
+        return Count(self.high * factor + (low >> _DIGIT_BITS), low & _DIGIT_MASK)
+
+    def sum(self) -> Count:
+        """The total of a vector of fewer than 2**15 counts, as a vector of one."""
+        high = jnp.sum(self.high, keepdims=True)
+        return Count(high, jnp.zeros(1, jnp.int32)) + Count.of(jnp.sum(self.low, keepdims=True))
+
+    def reaches(self, other: Count) -> jax.Array:
+        """self >= other, elementwise."""
+        return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
+
+
+def top_k_mask(
+    scores: jax.Array,
+    k: int | jax.Array,
+    *,
+    where: jax.Array | None = None,
+    stack_axes: Sequence[int] = (),
+) -> jax.Array:
+    """Returns the mask of the k largest scores, or of the k largest of every slice.
+
+    Args:
+      scores: float32, bfloat16 or float16, any shape.
+      k: how many to keep, a scalar, or one number a slice (shape: the stacked dims, in order).
+        May be traced. k above the number of candidates keeps them all.
+      where: bool, shape of `scores`; only these are candidates. None: all are.
+      stack_axes: axes along which selections are independent, such as scanned layers or experts.
+
+    Returns:
+      bool, shape of `scores`.
+    """
+    return top_k_masks([scores], [k], where=[where], stack_axes=[stack_axes])[0]
+
+
+def top_k_masks(
+    scores: Sequence[jax.Array],
+    k: Sequence[int | jax.Array],
+    *,
+    where: Sequence[jax.Array | None] | None = None,
+    stack_axes: Sequence[Sequence[int]] | None = None,
+) -> list[jax.Array]:
+    """`top_k_mask` of several tensors in one search: they share every pass, not their threshold.
+
+    Args:
+      scores: the tensors.
+      k: for each, how many to keep.
+      where: for each, its candidates, or None for all.
+      stack_axes: for each, the axes along which its selections are independent.
+
+    Returns:
+      For each, its mask: bool, the tensor's shape.
+    """
+    scores = settled(scores)
+    where = [None] * len(scores) if where is None else where
+    stack_axes = [()] * len(scores) if stack_axes is None else stack_axes
+    masks: dict[int, jax.Array] = {}
+    for wide in (True, False):  # tensors of one key width share a search
+        own = [i for i, s in enumerate(scores) if (s.dtype == jnp.float32) == wide]
+        if not own:
+            continue
+        layout = Layout([scores[i].shape for i in own], [stack_axes[i] for i in own], joint=False)
+        needs = layout.gather([_per_slice(k[i], scores[i].shape, stack_axes[i]) for i in own])
+        found = _select([scores[i] for i in own], needs, [where[i] for i in own], layout)
+        masks |= dict(zip(own, found, strict=True))
+    return [masks[i] for i in range(len(scores))]
+
+
+def _per_slice(k: int | jax.Array, shape: Sequence[int], stack_axes: Sequence[int]) -> Count:
+    """k as one number a slice of a tensor, in the shape of its stacked dims."""
+    stacked = tuple(shape[a] for a in sorted(a % len(shape) for a in stack_axes))
+    return Count(*(jnp.broadcast_to(c, stacked) for c in Count.of(k)))
+
+
+def joint_top_k_masks(
+    scores: Sequence[jax.Array],
+    k: int | jax.Array | Count,
+    *,
+    where: Sequence[jax.Array | None] | None = None,
+    sizes: Sequence[jax.Array | int] | None = None,
+    turns: Sequence[Sequence[int]] | None = None,
+) -> list[jax.Array]:
+    """Returns the masks of the k largest scores over all tensors together.
+
+    Ties go to the earlier tensor, then to the lower flat index. Tensors of mixed dtypes are
+    compared as float32. k may be a `Count` where more than 2**31 weights are spanned.
+
+    Args:
+      scores: the tensors, an entry a unit: a weight, or several that live and die together.
+      k: how many weights to keep.
+      where: for each tensor, its candidates, or None for all.
+      sizes: for each tensor, how many weights its units hold, int32, broadcast against it. None: a
+        weight a unit. The first units that reach k together are kept, so at least k weights are,
+        and fewer than k without the last unit.
+      turns: given, each entry of `scores` is a stack of tensors along its first axis, and this says
+        for each tensor of it which of all it is, from 0, in the order by which ties go. None: they
+        are single tensors, in their order.
+    """
+    if not scores:
+        return []
+    scores = settled(scores)
+    where = [None] * len(scores) if where is None else list(where)
+    if any(s.dtype != scores[0].dtype for s in scores):
+        scores = [s.astype(jnp.float32) for s in scores]
+    axes = [() if turns is None else (0,)] * len(scores)
+    layout = Layout([s.shape for s in scores], axes, joint=True, sizes=sizes, turns=turns)
+    return _select(scores, Count(*(c.reshape(1) for c in Count.of(k))), where, layout)
+
+
+def settled(scores: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same scores, computed once.
+
+    A compiler may compute what leads to a score again wherever the score is read, and round it
+    differently there, by fused multiply-adds. A search would then not find what it has counted.
+    What comes out of a loop is read, not computed again; an optimization barrier is gone before XLA
+    fuses. The loop is entered where there is a NaN, and then changes nothing that a search sees.
+    """
+    for s in scores:
+        _format(s.dtype)
+    sized = [s for s in scores if s.size]
+    if not sized:  # an empty tensor has no largest score
+        return list(scores)
+    smallest = min(sized, key=lambda s: s.size)
+    rounds = jnp.isnan(jnp.max(smallest)).astype(jnp.int32)
+
+    def one_nan(_, scores):
+        return [jnp.where(jnp.isnan(s), jnp.asarray(jnp.nan, s.dtype), s) for s in scores]
+
+    return lax.fori_loop(0, rounds, one_nan, list(scores))
+
+
+class Layout:
+    """Where each tensor's selections stand in the vector of all of them.
+
+    One selection a slice of a tensor; a single one over everything where they are `joint`, in
+    which case an entry may count for several weights, and ties go by the slices' `turns`.
+    """
+
+    def __init__(self, shapes, stack_axes, *, joint: bool, sizes=None, turns=None):
+        self.joint = joint
+        self.turns = None if turns is None else np.concatenate([np.asarray(t) for t in turns])
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.unit_sizes = [1] * len(shapes) if sizes is None else list(sizes)
+        self.stack_axes = [
+            tuple(sorted(a % len(shape) for a in axes))
+            for shape, axes in zip(shapes, stack_axes, strict=True)
+        ]
+        self.stacked = [
+            tuple(shape[a] for a in axes)
+            for shape, axes in zip(shapes, self.stack_axes, strict=True)
+        ]
+        self.keepdims = [
+            tuple(n if a in axes else 1 for a, n in enumerate(shape))
+            for shape, axes in zip(shapes, self.stack_axes, strict=True)
+        ]
+        self.reduced = [
+            tuple(a for a in range(len(shape)) if a not in axes)
+            for shape, axes in zip(shapes, self.stack_axes, strict=True)
+        ]
+        self.sizes = [math.prod(s) for s in self.stacked]
+        self.slices = [
+            tuple(shape[a] for a in axes) for shape, axes in zip(shapes, self.reduced, strict=True)
+        ]
+        for selected in self.slices:
+            if math.prod(selected) >= 1 << 31:
+                raise ValueError(
+                    f"one selection over shape {selected} spans 2**31 weights or more; split the "
+                    "tensor or name its stacked axes"
+                )
+
+    def gather(self, numbers: Sequence[Count]) -> Count:
+        """One vector of what is given a tensor: a scalar, or a number a slice."""
+        parts = [
+            [jnp.broadcast_to(c, stacked).reshape(-1) for c in n]
+            for n, stacked in zip(numbers, self.stacked, strict=True)
+        ]
+        return Count(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def spread(self, vector: jax.Array) -> list[jax.Array]:
+        """The part of the vector that is each tensor's, so shaped that it broadcasts over it."""
+        if self.joint:
+            return [vector.reshape((1,) * len(shape)) for shape in self.keepdims]
+        out, start = [], 0
+        for size, shape in zip(self.sizes, self.keepdims, strict=True):
+            out.append(lax.slice(vector, (start,), (start + size,)).reshape(shape))
+            start += size
+        return out
+
+    def count(self, flags: Sequence[jax.Array]) -> Count:
+        """How many flags are set in each selection."""
+        counts = [
+            _count(f, stacked, axes)
+            if type(size) is int and size == 1
+            else jnp.sum(jnp.where(f, size, 0), axis=axes, dtype=jnp.int32)
+            for f, stacked, axes, size in zip(
+                flags, self.stack_axes, self.reduced, self.unit_sizes, strict=True
+            )
+        ]
+        count = Count.of(jnp.concatenate([c.reshape(-1) for c in counts]))
+        return count.sum() if self.joint else count
+
+    def apart(self) -> Layout:
+        """The layout in which every tensor is a selection, or a stack of them, of its own."""
+        return Layout(self.shapes, self.stack_axes, joint=False, sizes=self.unit_sizes)
+
+
+def _count(flags: jax.Array, stack_axes: Sequence[int], reduced: Sequence[int]) -> jax.Array:
+    """How many flags are set, int32.
+
+    Eight along one axis are summed as bytes first, which vectorizes where a sum of int32 does not:
+    a CPU counts ten times as fast. The axis is one that splits under the usual shardings.
+    """
+    axis = pack_axis(flags.shape, stack_axes)
+    if axis is not None:
+        shape = flags.shape
+        flags = flags.reshape(*shape[:axis], shape[axis] // 8, 8, *shape[axis + 1 :])
+        flags = jnp.sum(flags, axis=axis + 1, dtype=jnp.uint8)
+    return jnp.sum(flags, axis=tuple(reduced), dtype=jnp.int32)
+
+
+def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
+    """The masks of the `needs` largest of every selection; scores must be settled."""
+
+    def keys():
+        for s, w in zip(scores, where, strict=True):
+            key = ordered_keys(s)
+            yield key if w is None else jnp.where(w, key, jnp.zeros((), key.dtype))
+
+    width = 8 * scores[0].dtype.itemsize
+    found = _search(list(keys()), needs, layout, width)
+    limits = layout.spread(found.threshold)
+
+    def tied():
+        # a threshold of 0 is one that too few candidates are above
+        return [(k == t) & (t > 0) for k, t in zip(keys(), limits, strict=True)]
+
+    places_width = max((math.prod(shape) + 1).bit_length() for shape in layout.slices)
+
+    def places():
+        for s, axes in zip(scores, layout.stack_axes, strict=True):
+            yield _places(s.shape, axes, places_width)
+
+    def last_of_ties():
+        ties, apart = tied(), layout.apart()
+        left = found.left
+        if layout.joint:
+            left = _in_turn(left, apart.count(ties), layout.turns)
+        place = [jnp.where(t, p, jnp.uint32(0)) for t, p in zip(ties, places(), strict=True)]
+        return apart.spread(_search(place, left, apart, places_width).threshold)
+
+    def every_tie():
+        return [jnp.zeros(shape, jnp.uint32) for shape in layout.keepdims]
+
+    several = jnp.any((found.threshold > 0) & found.more)
+    lasts = lax.cond(several, last_of_ties, every_tie)
+    return [
+        (key > limit) | (tie & (place >= last))
+        for key, limit, tie, place, last in zip(
+            keys(), limits, tied(), places(), lasts, strict=True
+        )
+    ]
+
+
+def _in_turn(needs: Count, there: Count, turns: np.ndarray | None) -> Count:
+    """Shares a number out among slices, as many as are `there`, the first in turn first."""
+    turns = np.arange(there.low.shape[0]) if turns is None else turns
+    order = np.argsort(turns)
+    high, low = there.high[order], there.low[order]
+    before = Count(jnp.cumsum(high) - high, jnp.zeros_like(low)) + Count.of(jnp.cumsum(low) - low)
+    enough = before.reaches(needs)
+    return Count(*(jnp.where(enough, 0, c)[turns] for c in needs - before))
+
+
+class _Found(NamedTuple):
+    """Where a search ends, a number a selection.
+
+    Attributes:
+      threshold: the largest key that enough keys reach; 0 where too few are above 0.
+      left: how many of those equal to it are wanted.
+      more: bool, whether more than those equal it.
+    """
+
+    threshold: jax.Array
+    left: Count
+    more: jax.Array
+
+
+def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
+    """Finds the `needs`-th largest key of every selection; keys are below 2**width."""
+    if width <= _DIGIT_BITS:
+        digits = [k.astype(jnp.uint16) for k in keys]
+        last = _digit_search(digits, needs, layout, width)
+        left = needs - last.above
+        return _Found(last.threshold.astype(keys[0].dtype), left, ~left.reaches(_of(last)))
+    digits = [(k >> _DIGIT_BITS).astype(jnp.uint16) for k in keys]
+    first = _digit_search(digits, needs, layout, width - _DIGIT_BITS)
+    left = needs - first.above
+    # a key of another first digit counts as 0, which no candidate of a pass ever is
+    limits = layout.spread(first.threshold.astype(jnp.uint32))
+    digits = [
+        jnp.where((k >> _DIGIT_BITS) == t, k & _DIGIT_MASK, 0).astype(jnp.uint16)
+        for k, t in zip(keys, limits, strict=True)
+    ]
+    last = _digit_search(digits, left, layout, _DIGIT_BITS)
+    equal = Count(
+        *(
+            jnp.where(last.threshold > 0, *c)  # all of the first digit reach a second of 0
+            for c in zip(_of(last), _of(first) - last.above, strict=True)
+        )
+    )
+    left = left - last.above
+    threshold = first.threshold.astype(jnp.uint32) << _DIGIT_BITS
+    threshold = threshold | last.threshold.astype(jnp.uint32)
+    return _Found(threshold, left, ~left.reaches(equal))
+
+
+class _Digit(NamedTuple):
+    """A digit found, and how many digits reach it and lie above it."""
+
+    threshold: jax.Array  # uint16
+    reached: Count
+    above: Count
+
+
+def _of(digit: _Digit) -> Count:
+    """How many have just this digit."""
+    return digit.reached - digit.above
+
+
+def _digit_search(digits, needs: Count, layout: Layout, bits: int) -> _Digit:
+    """The largest digit that `needs` digits reach; `reached` means nothing where it is 0."""
+
+    def raise_bit(i, found):
+        candidates = found.threshold | (jnp.uint16(1) << jnp.asarray(bits - 1 - i, jnp.uint16))
+        counts = layout.count(
+            [d >= c for d, c in zip(digits, layout.spread(candidates), strict=True)]
+        )
+        enough = counts.reaches(needs)
+
+        def either(yes: Count, no: Count) -> Count:
+            return Count(*(jnp.where(enough, *pair) for pair in zip(yes, no, strict=True)))
+
+        # the last candidate that too few reach is the one next above the threshold
+        return _Digit(
+            jnp.where(enough, candidates, found.threshold),
+            either(counts, found.reached),
+            either(found.above, counts),
+        )
+
+    none = Count(jnp.zeros_like(needs.high), jnp.zeros_like(needs.low))
+    start = _Digit(jnp.zeros(needs.low.shape, jnp.uint16), none, none)
+    return lax.fori_loop(0, bits, raise_bit, start)
+
+
+def _format(dtype) -> tuple:
+    if dtype.name not in _FORMATS:
+        raise TypeError(f"scores must be one of {', '.join(_FORMATS)}, got {dtype.name}; cast them")
+    return _FORMATS[dtype.name]
+
+
+def ordered_keys(scores: jax.Array) -> jax.Array:
+    """Unsigned keys above 0 that order as the scores do: uint32 of float32, else uint16."""
+    uint, infinity = _format(scores.dtype)
+    sign = uint(1 << (jnp.iinfo(uint).bits - 1))
+    bits = lax.bitcast_convert_type(scores, uint)
+    magnitude = bits & ~sign
+    key = jnp.where(bits >= sign, ~bits, bits | sign)
+    key = jnp.where(magnitude == 0, sign, key)
+    return jnp.where(magnitude > uint(infinity), uint(1), key)
+
+
+def _places(shape, stack_axes, width: int) -> jax.Array:
+    """uint32 in (0, 2**width - 1) that fall as the flat index within a slice rises."""
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        if axis not in stack_axes:
+            index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+            stride *= shape[axis]
+    return jnp.uint32((1 << width) - 2) - index

@@ -1,0 +1,1 @@
+"""What a run reports: summaries, mask metrics, FLOPs."""

@@ -1,0 +1,229 @@
+"""What sparse training costs in multiply-adds, were zeros skipped (RigL's appendix H).
+
+Evci et al. 2020, arXiv:1911.11134. A weight that each token meets once takes 2 FLOPs a token in the
+forward pass if it is kept, 2 more for the gradient of the layer's input, and 2 for its own
+gradient, which some algorithms need of pruned weights too: see `Algorithm.densities`. Dense
+kernels skip nothing; these figures say what a sparse machine could save.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from t5x_sparsity import algorithms
+from t5x_sparsity.algorithms.decaying_mask import stages
+from t5x_sparsity.algorithms.gradual import GradualPruning
+from t5x_sparsity.algorithms.straight_through import StraightThrough
+from t5x_sparsity.core.contract import LayerPlan, Plan
+from t5x_sparsity.core.plan import groups
+from t5x_sparsity.core.schedules import Periodic, UpdateSchedule, ValueSchedule, last_update
+from t5x_sparsity.monitoring.matrix_products import Products
+
+# A ramp of fewer updates than this is a jump or two.
+_FEW_UPDATES = 5
+# A run of more steps than this is judged by as many of them, evenly spaced.
+_SAMPLES = 512
+
+
+def forward_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
+    """FLOPs a token of one forward pass through the sparse weights at `step`.
+
+    densities: path -> share of the weight's entries that its mask keeps, in [0, 1].
+    """
+    return sum(
+        2 * layer.size * layer.algorithm.densities(densities[p], step)[0]
+        for p, layer in plan.items()
+    )
+
+
+def train_step_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
+    """FLOPs a token of the train step at `step`, of the sparse weights."""
+    total = 0.0
+    for path, layer in plan.items():
+        forward, gradient = layer.algorithm.densities(densities[path], step)
+        total += 2 * layer.size * (2 * forward + gradient)
+    return total
+
+
+def dense_forward_flops(plan: Plan) -> float:
+    """FLOPs a token of one forward pass through the same weights, were they dense."""
+    return 2.0 * sum(layer.size for layer in plan.values())
+
+
+class RunFlops(NamedTuple):
+    """FLOPs of a run's matrix products, were zeros skipped, dense weights and attention included.
+
+    Attributes:
+      dense_forward: of one forward pass of the dense model over a batch.
+      forward: of the same with the masks that the run ends with.
+      dense_training: of all train steps of a dense run.
+      training: of all train steps of this one.
+    """
+
+    dense_forward: float
+    forward: float
+    dense_training: float
+    training: float
+
+
+def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
+    """FLOPs of a run of `total_steps`, from its schedules; see `mask_density`.
+
+    products: of the loss of one batch.
+    """
+    return FlopsSoFar(plan, products).advance(total_steps)
+
+
+class FlopsSoFar:
+    """Adds up a run's FLOPs as it goes, on the host, from its schedules; see `mask_density`."""
+
+    def __init__(self, plan: Plan, products: Products, first_step: int = 0):
+        """Starts at `first_step`, with nothing spent. products: of the loss of one batch."""
+        self._sparse = {p: products.of_weights[p] for p in plan}
+        self._dense = products.total
+        self._rest = self._dense - sum(self._sparse.values())
+        self._groups = groups(plan)
+        # of each group, the updates that a step from here on may be after
+        lasts = [last_update(a.updates, first_step) for a, _ in self._groups]
+        self._updates = [[] if t is None else [t] for t in lasts]
+        self._first = self._step = first_step
+        self._spent = 0.0
+
+    def advance(self, step: int) -> RunFlops:
+        """What all steps before `step` come to, and a forward pass with the masks then.
+
+        Raises:
+          ValueError: `step` is before one that has been counted.
+        """
+        if step < self._step:
+            raise ValueError(f"steps are counted up to {self._step} already, got {step}")
+        self._spent += 3 * self._rest * (step - self._step)
+        forward = self._rest
+        for i, (algorithm, part) in enumerate(self._groups):
+            new = [t for t in range(self._step, step) if algorithm.updates.is_update(t)]
+            updates = np.asarray(self._updates[i] + new, np.int64)
+            is_update = np.zeros(step - self._step, bool)
+            is_update[np.asarray(new, np.int64) - self._step] = True
+            # an update's step is counted apart: it may need gradients of all weights
+            for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
+                chosen = _evenly(steps)
+                spent = [self._of_step(part, updates, int(t) + self._step) for t in chosen]
+                self._spent += sum(spent) * len(steps) / max(len(chosen), 1)
+            self._updates[i] = updates[-1:].tolist()
+            last = self._updates[i][0] if len(updates) else None
+            for path, layer in part.items():
+                density = mask_density(layer, part, last)
+                forward += self._sparse[path] * algorithm.densities(density, step)[0]
+        self._step = step
+        steps = step - self._first
+        return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))
+
+    def _of_step(self, part: Plan, updates: np.ndarray, step: int) -> float:
+        before = int(np.searchsorted(updates, step))
+        last = int(updates[before - 1]) if before else None
+        total, memo = 0.0, {}
+        for path, layer in part.items():
+            key = layer.level, layer.pattern
+            if key not in memo:
+                density = mask_density(layer, part, last)
+                memo[key] = layer.algorithm.densities(density, step)
+            forward, gradient = memo[key]
+            total += self._sparse[path] * float(2 * forward + gradient)
+        return total
+
+
+def _evenly(steps: np.ndarray) -> np.ndarray:
+    if len(steps) <= _SAMPLES:
+        return steps
+    return steps[((np.arange(_SAMPLES) + 0.5) * len(steps) / _SAMPLES).astype(int)]
+
+
+def mask_density(layer: LayerPlan, part: Plan, updated: int | None) -> float:
+    """The share of a weight that its mask keeps after the update at step `updated`, in [0, 1].
+
+    An algorithm that isn't known here is taken to keep its masks at the target level. SRigL's
+    neurons, and layers under one threshold, are taken to have their even share.
+
+    Args:
+      layer: of the weight.
+      part: the plan of all weights that its algorithm decides on.
+      updated: None before the first update.
+    """
+    return float(_density(layer.algorithm, layer, part, updated))
+
+
+def ramp_warnings(plan: Plan) -> list[str]:
+    """What to say of methods whose level rises along a ramp, in so few updates that it jumps."""
+    found = []
+    for algorithm, part in groups(plan):
+        updates, layer = algorithm.updates, next(iter(part.values()))
+        if not isinstance(updates, Periodic):
+            continue
+        if updates.end - updates.begin >= _FEW_UPDATES * updates.period:
+            continue
+        steps = [t for t in range(updates.begin, updates.end + 1) if updates.is_update(t)]
+        levels = [1 - mask_density(layer, part, t) for t in steps]
+        # others go up and down by design
+        rises = levels == sorted(levels) and levels[0] < levels[-1]
+        if rises and len(steps) < _FEW_UPDATES:
+            found.append(
+                f"the level of {type(algorithm).__name__} rises in {len(steps)} mask updates only, "
+                f"at steps {', '.join(map(str, steps))}; for a smooth ramp lower "
+                f"MASK_UPDATE_PERIOD, which is {updates.period}"
+            )
+    return found
+
+
+@functools.singledispatch
+def _density(algorithm, layer: LayerPlan, part: Plan, updated: int | None) -> float:
+    return 1 - layer.level
+
+
+@_density.register
+def _(algorithm: GradualPruning, layer, part, updated):
+    if updated is None:
+        return 1.0
+    return 1 - layer.level * _value(algorithm.level, algorithm.updates, updated)
+
+
+@_density.register
+def _(algorithm: StraightThrough, layer, part, updated):
+    return 1 - layer.level * _value(algorithm.level, algorithm.updates, updated)
+
+
+@_density.register
+def _(algorithm: algorithms.GraNet, layer, part, updated):
+    size = sum(x.size for x in part.values())
+    target = sum(x.level * x.size for x in part.values()) / size
+    start = min(1.0, algorithm.initial_sparsity / target) if target else 1.0
+    ramp = _value(algorithm.ramp, algorithm.updates, updated)
+    return 1 - layer.level * (start + (1 - start) * ramp)
+
+
+@_density.register
+def _(algorithm: algorithms.ACDC, layer, part, updated):
+    if updated is None:
+        return 1.0
+    turn = (updated - algorithm.updates.begin) // algorithm.updates.period
+    is_dense = turn % 2 == 1 and updated != algorithm.updates.end
+    return 1.0 if is_dense else 1 - layer.level
+
+
+@_density.register
+def _(algorithm: algorithms.StructureDecay, layer, part, updated):
+    if updated is None:
+        return 1.0
+    turns = stages(layer.pattern)
+    progress = float(algorithm.updates.progress(updated))
+    kept = turns[min(math.floor(progress * len(turns)), len(turns) - 1)]
+    return kept / layer.pattern.m
+
+
+@functools.lru_cache(maxsize=4096)
+def _value(schedule: ValueSchedule, updates: UpdateSchedule, updated: int | None) -> float:
+    return float(schedule(np.float32(0) if updated is None else updates.progress(updated)))

@@ -1,0 +1,176 @@
+"""What a run reports of its masks as it goes: numbers by name, images and histograms.
+
+Names are `<quantity>/<path of the weight>` and `<quantity>/total`, which TensorBoard folds by
+quantity. Functions of arrays are traceable and small enough in what they return to be read on the
+host once a stats period.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_sparsity.core import packing
+from t5x_sparsity.core.contract import LayerPlan, Plan
+from t5x_sparsity.core.plan import groups
+from t5x_sparsity.core.schedules import last_update
+from t5x_sparsity.monitoring.flops import RunFlops, mask_density
+from t5x_sparsity.monitoring.summary import TOTAL, is_global, kept_counts
+
+Arrays = Mapping[str, jax.Array]
+
+# An image has at most so many cells along an axis.
+IMAGE_CELLS = 128
+
+
+def mask_counts(stored: Arrays, before: Arrays, explored: Arrays) -> jax.Array:
+    """Counts of every weight: float32 [4, weights], in the order of their paths.
+
+    The rows are the weights kept, grown and dropped since `before`, and ever kept; the last are 0
+    where `explored` is empty. Float32 rounds counts of more than 2^24, which is fine for a curve.
+    """
+    paths = sorted(stored)
+    rows = [
+        {p: stored[p] for p in paths},
+        {p: stored[p] & ~before[p] for p in paths},
+        {p: before[p] & ~stored[p] for p in paths},
+        {p: explored[p] for p in paths} if explored else {},
+    ]
+    counts = [
+        [jnp.sum(count.astype(jnp.float32)) for count in kept_counts(row).values()] for row in rows
+    ]
+    return jnp.array([row or [0.0] * len(paths) for row in counts], jnp.float32)
+
+
+def scheduled_sparsities(plan: Plan, step: int) -> dict[str, float]:
+    """The sparsity that masks should have after the updates before `step`, by path, and 'total'.
+
+    Layers under one threshold have none of their own, only the total counts them.
+    """
+    levels, total, size = {}, 0.0, 0
+    for algorithm, part in groups(plan):
+        last = last_update(algorithm.updates, step)
+        for path, layer in part.items():
+            level = 1 - mask_density(layer, part, last)
+            total += level * layer.size
+            size += layer.size
+            if not is_global(layer):
+                levels[path] = level
+    return {**levels, TOTAL: total / size} if size else {}
+
+
+def mask_scalars(
+    plan: Plan,
+    counts: np.ndarray,
+    *,
+    targets: Mapping[str, float],
+    updated: Set[str],
+    explored: bool = False,
+) -> dict[str, float]:
+    """The numbers of one stats period.
+
+    `sparsity/...` and `sparsity_target/...` are in [0, 1], and so is `mask_explored/...`, the share
+    ever kept. Of weights whose mask was updated, `mask_grown/...` and `mask_dropped/...` count
+    entries, and `mask_churn/...` is the share of those kept now that weren't before, in [0, 1];
+    their totals are over such weights.
+
+    Args:
+      plan: of the sparse weights.
+      counts: what `mask_counts` returned.
+      targets: what `scheduled_sparsities` returned.
+      updated: paths of the weights whose `counts` are of before and after a mask update.
+      explored: whether they are of weights ever kept.
+    """
+    columns = {p: counts[:, i].astype(np.float64) for i, p in enumerate(sorted(plan))}
+    scalars = {f"sparsity_target/{p}": float(level) for p, level in targets.items()}
+    for name, paths in _rows(list(columns)):
+        kept, _, _, ever = sum(columns[p] for p in paths)
+        size = sum(plan[p].size for p in paths)
+        scalars[f"sparsity/{name}"] = float(1 - kept / size)
+        if explored:
+            scalars[f"mask_explored/{name}"] = float(ever / size)
+    for name, paths in _rows(sorted(updated)):
+        kept, grown, dropped, _ = sum(columns[p] for p in paths)
+        scalars[f"mask_grown/{name}"] = float(grown)
+        scalars[f"mask_dropped/{name}"] = float(dropped)
+        scalars[f"mask_churn/{name}"] = float(grown / kept) if kept else 0.0
+    return scalars
+
+
+def _rows(paths: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """Each weight by itself, and all together."""
+    return [*((p, [p]) for p in paths), (TOTAL, paths)] if paths else []
+
+
+def flops_scalars(flops: RunFlops) -> dict[str, float]:
+    """`flops/...`: of training so far and of a forward pass, sparse, dense and as a share."""
+    scalars = {
+        "flops/training": flops.training,
+        "flops/training_dense": flops.dense_training,
+        "flops/inference": flops.forward,
+        "flops/inference_dense": flops.dense_forward,
+    }
+    for kind in ("training", "inference"):
+        if scalars[f"flops/{kind}_dense"]:
+            share = scalars[f"flops/{kind}"] / scalars[f"flops/{kind}_dense"]
+            scalars[f"flops/{kind}_share"] = share
+    return scalars
+
+
+def mask_pictures(plan: Plan, stored: Arrays) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Of each weight's first slice the share kept in each cell, and the fan-in of each neuron.
+
+    Returns:
+      path -> (float32 [rows, columns] in [0, 1], float32 [outputs]). Rows are inputs and columns
+      output neurons, up to IMAGE_CELLS of each; a small weight has a cell a weight.
+    """
+    return {p: _picture(plan[p], stored[p]) for p in stored}
+
+
+def _picture(layer: LayerPlan, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mask = packing.unpack(stored, layer.shape)
+    for axis in reversed(layer.stack_axes):
+        mask = jax.lax.index_in_dim(mask, 0, axis, keepdims=False)
+    n = len(layer.output_axes)
+    inputs, outputs = mask.shape[:-n], mask.shape[-n:]
+    # products with ones and zeros, so that a split weight is summed where it lies
+    letters = "abcdefgh"[: mask.ndim]
+    kept = jnp.einsum(
+        f"x{letters[:-n]},{letters},y{letters[-n:]}->xy",
+        _cells(inputs),
+        mask.astype(jnp.bfloat16),
+        _cells(outputs),
+        preferred_element_type=jnp.float32,
+    )
+    sizes = np.outer(_cell_sizes(inputs), _cell_sizes(outputs))
+    fan_in = jnp.sum(mask, axis=tuple(range(len(inputs))), dtype=jnp.int32)
+    return kept / sizes.astype(np.float32), fan_in.reshape(-1).astype(jnp.float32)
+
+
+def _entries_of_a_cell(shape: Sequence[int]) -> int:
+    return -(-math.prod(shape) // IMAGE_CELLS)
+
+
+def _cell_sizes(shape: Sequence[int]) -> np.ndarray:
+    """The entries of each cell; the last may have fewer than the others."""
+    size, n = math.prod(shape), _entries_of_a_cell(shape)
+    return np.diff([*range(0, size, n), size])
+
+
+def _cells(shape: Sequence[int]) -> jax.Array:
+    """bfloat16 [cells, *shape]: 1 where an entry is of the cell, a run of entries in C order."""
+    index = jax.lax.iota(jnp.int32, math.prod(shape)) // _entries_of_a_cell(shape)
+    cells = jax.lax.iota(jnp.int32, len(_cell_sizes(shape)))
+    return (cells[:, None] == index).astype(jnp.bfloat16).reshape(-1, *shape)
+
+
+def pictured(plan: Plan, most: int = 12) -> list[str]:
+    """Paths of the weights that a run shows images of: all, or `most` from first to last."""
+    paths = list(plan)
+    if len(paths) <= most:
+        return paths
+    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]

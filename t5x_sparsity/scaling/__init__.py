@@ -1,0 +1,1 @@
+"""The sparse scaling law: its fit, how far that can be trusted, and the best sparsity by it."""

@@ -1,0 +1,383 @@
+"""What a run starts from: checks of checkpoints before the host reads any array of them.
+
+A checkpoint is a folder `checkpoint_<step>`, in T5X's own format or in Orbax's. `sparsity.json`
+beside the checkpoints of a run says by which rules its masks were made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import serialization, traverse_util
+
+from t5x_sparsity import host
+from t5x_sparsity.core.contract import Plan
+from t5x_sparsity.core.plan import schedules
+from t5x_sparsity.core.train_step import EXPLORED
+
+SPARSITY = "state/sparsity/"
+RECORD = "sparsity.json"
+
+
+def check_sources(
+    model_dir: str | None, checkpoint_cfg: Any, expected: Mapping[str, Any], plan: Plan
+) -> None:
+    """Checks the checkpoint that a run will start from.
+
+    Args:
+      model_dir: of the run; its last checkpoint is what a run goes on from. None: not known.
+      checkpoint_cfg: T5X's CheckpointConfig, whose `restore` names what else it starts from.
+      expected: the leaves under state/sparsity of the run, by name.
+      plan: of the run.
+
+    Raises:
+      ValueError: the checkpoint can't be read, has no masks, or was made with other rules.
+    """
+    model_dir = _absolute(model_dir) if model_dir else None
+    step = host.checkpoints.latest_step(model_dir) if _is_dir(model_dir) else None
+    if step is not None:
+        path = epath.Path(model_dir) / f"checkpoint_{step}"
+        found = _sparsity_of(_saved_leaves(path, _before(model_dir, step)))
+        check_leaves(expected, found, f"the checkpoint {path}")
+        _check_record(epath.Path(model_dir) / RECORD, plan)
+        if getattr(getattr(checkpoint_cfg, "save", None), "save_dataset", False):
+            _check_data_position(path)
+        return
+    restore = getattr(checkpoint_cfg, "restore", None)
+    if restore is None or not isinstance(restore.path, str):
+        return
+    path = _absolute(restore.path)
+    if epath.Path(path + ".index").exists():
+        raise ValueError(
+            f"{path} is a TensorFlow checkpoint, and T5X adds nothing to those as it reads them, "
+            "masks neither; convert it by T5X's convert_tf_checkpoint first"
+        )
+    if restore.mode == "latest" and _is_dir(path):
+        step = host.checkpoints.latest_step(path)
+        if step is None:
+            return
+        path = epath.Path(path) / f"checkpoint_{step}"
+    leaves = _saved_leaves(epath.Path(path), "")
+    # a transformation may well make one fit
+    if not restore.state_transformation_fns:
+        check_leaves(expected, _sparsity_of(leaves), f"the checkpoint {path}")
+        _check_masks_will_fit(epath.Path(path), plan)
+
+
+def write_record(model_dir: str, plan: Plan) -> None:
+    """Writes by which rules the masks of a run are made to `sparsity.json`; all of it or none."""
+    path = epath.Path(model_dir) / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f"{RECORD}.tmp"
+    draft.write_text(json.dumps(_record(plan), indent=1))
+    draft.replace(path)
+
+
+def from_dense(
+    checkpoint: Mapping[str, Any], state: Mapping[str, Any], *, is_resuming: bool = False
+) -> Mapping[str, Any]:
+    """A state transformation for RestoreCheckpointConfig: starts a sparse run from a dense one.
+
+    It lets a checkpoint lack masks, which are then made from its weights, the whole state of the
+    optimizer, which then starts afresh, and the step, which is then 0; but nothing else.
+
+    Args:
+      checkpoint: nested dict of what the checkpoint has.
+      state: nested dict of what the run has.
+      is_resuming: whether the checkpoint is the run's own.
+
+    Raises:
+      ValueError: the run is dense, or the checkpoint has masks, or lacks weights or part of the
+        optimizer's state.
+    """
+    if is_resuming:
+        return checkpoint
+    saved, wanted = _flatten(checkpoint), _flatten(state)
+    if not any(name.startswith(SPARSITY) for name in wanted):
+        raise ValueError(
+            "'sparsity/from_dense.gin' makes masks for a sparse run, and this run is dense; "
+            "include a method's file, such as 'sparsity/rigl.gin', before it"
+        )
+    if any(name.startswith(f"{SPARSITY}masks/") for name in saved):
+        raise ValueError(
+            "INITIAL_CHECKPOINT_PATH is a sparse run's checkpoint, whose masks 'from_dense.gin' "
+            "would throw away; leave that include out to go on with them"
+        )
+    for part, what, remedy in (
+        ("target/", "weights of this model", "set MODEL to the checkpoint's"),
+        ("flax_mutables/", "mutable variables of this model", "set MODEL to the checkpoint's"),
+        (
+            "state/param_states/",
+            "leaves of the optimizer's state",
+            "set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
+            "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]",
+        ),
+    ):
+        names = [k for k in wanted if k.startswith(part) and wanted[k] is not None]
+        missing = sorted(k for k in names if k not in saved)
+        if len(missing) == len(names) and part == "state/param_states/":
+            if names:
+                logging.warning("The checkpoint has no state of this optimizer; it starts afresh.")
+        elif missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of {len(names)} {what}: {_few(missing)}; "
+                f"{remedy}"
+            )
+    logging.info("The checkpoint is dense: masks are made from its weights.")
+    return checkpoint
+
+
+def checkpoint_step(path: str) -> int:
+    """The step of a checkpoint by its name, `checkpoint_<step>`; nothing is read.
+
+    Raises:
+      ValueError: the name has no step.
+    """
+    match = re.search(r"checkpoint_(\d+)/*$", path) if isinstance(path, str) else None
+    if match is None:
+        raise ValueError(
+            f"INITIAL_CHECKPOINT_PATH is {path!r}, whose step can't be told from its name; give "
+            "the folder checkpoint_<step>, or bind t5x_sparsity.Periodic.start_step to the step"
+        )
+    return int(match[1])
+
+
+def _absolute(path: str) -> str:
+    """What the embedded host makes of a local path; T5X takes no other than absolute ones."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _is_dir(path: str | None) -> bool:
+    return bool(path) and epath.Path(path).is_dir()
+
+
+def _before(model_dir: str, step: int) -> str:
+    """What a run would go on from without the checkpoint of `step`."""
+    earlier = [s for s in host.checkpoints.all_steps(model_dir) if s < step]
+    return f"checkpoint_{max(earlier)}" if earlier else "the start"
+
+
+def _saved_leaves(path: epath.Path, before: str) -> dict[str, Any]:
+    """The leaves of a checkpoint by name, each with its shape; no array is read."""
+    remedy = f"; move that folder away to go on from {before}" if before else ""
+    try:
+        if (path / "state").is_dir():
+            found = ocp.PyTreeCheckpointHandler().metadata(path / "state")
+            return _flatten(getattr(found, "tree", found))
+        if (path / "checkpoint").is_file():
+            content = serialization.msgpack_restore((path / "checkpoint").read_bytes())
+            return _flatten(content["optimizer"])
+    except Exception as e:
+        raise ValueError(
+            f"the checkpoint {path} is damaged and can't be read ({type(e).__name__}: {e}){remedy}"
+        ) from e
+    raise ValueError(
+        f"{path} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'{remedy}"
+    )
+
+
+def _check_data_position(path: epath.Path) -> None:
+    """Each process has saved its own place in the training data; no other number can read it."""
+    if not (path / "state").is_dir():
+        return
+    folders = list((path / "dataset").glob("*")) if (path / "dataset").is_dir() else []
+    counts = [int(m[1]) for f in folders if (m := re.fullmatch(r"process_\d+-of-(\d+)", f.name))]
+    saved_by = max(counts, default=1) if folders else 0
+    if saved_by != jax.process_count():
+        raise ValueError(
+            f"the checkpoint {path} has the position in the training data of {saved_by} "
+            f"processes, and this run has {jax.process_count()}; set "
+            "utils.SaveCheckpointConfig.save_dataset = False to read the data from its start"
+        )
+
+
+class _Leaf:
+    """A leaf in a checkpoint of T5X's own format."""
+
+    def __init__(self, spec: Mapping[str, Any]):
+        self.shape = tuple(spec["metadata"]["shape"])
+
+
+def _is_tensorstore(_, x: Any) -> bool:
+    return isinstance(x, Mapping) and {"driver", "kvstore", "metadata"} <= set(x)
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=_is_tensorstore)
+    return {k: _Leaf(v) if _is_tensorstore(k, v) else v for k, v in flat.items()}
+
+
+def _sparsity_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in leaves.items() if k.startswith(SPARSITY)}
+
+
+def _record(plan: Plan) -> dict[str, dict[str, Any]]:
+    return {
+        path: {
+            "shape": list(layer.shape),
+            "sparsity": layer.level,
+            "kept": layer.kept,
+            "pattern": repr(layer.pattern),
+            "algorithm": type(layer.algorithm).__name__,
+            "start_step": _start_step(layer.algorithm.updates),
+            "axes": None if layer.axes is None else list(layer.axes),
+            "stack_axes": list(layer.stack_axes),
+        }
+        for path, layer in plan.items()
+    }
+
+
+def _start_step(updates: Any) -> int:
+    return getattr(updates, "start_step", 0)
+
+
+def _read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
+    """The record at `path`; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        return {p: dict(values) for p, values in record.items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{path} is no record of a run's rules of sparsity ({type(e).__name__}: {e}); move it "
+            "away to go on without it: then nothing checks that the run keeps its rules"
+        ) from e
+
+
+def _changes(before: Mapping[str, Any], plan: Plan, keys: tuple[str, ...]) -> list[str]:
+    now = _record(plan)
+    return [
+        f"{key} of {p} was {before[p][key]} and is {now[p][key]}"
+        for p in now
+        for key in keys
+        if key in before.get(p, {}) and before[p][key] != now[p][key]
+    ]
+
+
+def _check_masks_will_fit(path: epath.Path, plan: Plan) -> None:
+    """A sparse run may start from another's masks; what no update will change must fit as it is."""
+    if not (match := re.search(r"checkpoint_(\d+)$", path.name)):
+        return
+    lasts = {p: layer.algorithm.updates.last for p, layer in plan.items()}
+    stay = {p: plan[p] for p, last in lasts.items() if last is None or last < int(match[1])}
+    changed = _changes(_read_record(path.parent / RECORD), stay, ("sparsity", "kept", "pattern"))
+    if changed:
+        raise ValueError(
+            f"the masks of {path} were made by other rules of sparsity, and this run has no mask "
+            f"update after step {match[1]} that would change them: {_few(changed)}. Take the rules "
+            "that made them, or a method and a schedule that update masks after that step"
+        )
+
+
+def _check_record(path: epath.Path, plan: Plan) -> None:
+    if not path.exists():
+        logging.warning("%s is missing: nothing checks that the run keeps its rules.", path)
+    before = _read_record(path)
+    started = _changes(before, plan, ("start_step",))
+    if started:
+        raise ValueError(
+            f"{path.parent} holds a run whose mask updates count from another step: "
+            f"{_few(started, 1)}. A run that began with 'sparsity/from_dense.gin' is resumed with "
+            "it, and with the INITIAL_CHECKPOINT_PATH that it began with; another run without"
+        )
+    changed = _changes(before, plan, ("sparsity", "kept", "pattern", "algorithm"))
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds a run with other rules of sparsity: {_few(changed, 2)}. To start "
+            "afresh, set another MODEL_DIR; to resume, take the configuration that made it; to go "
+            "on from its weights and masks with another, train in another MODEL_DIR with "
+            "utils.RestoreCheckpointConfig.path set to its checkpoint"
+        )
+
+
+def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Compares the leaves under state/sparsity that a run has with those of a checkpoint.
+
+    Raises:
+      ValueError: they are others, or have other shapes.
+    """
+
+    def has_masks(leaves):
+        return any(name.startswith(f"{SPARSITY}masks/") for name in leaves)
+
+    # a run by sparsity/dense.gin has left a key, but no masks
+    if expected and not found or has_masks(expected) and not has_masks(found):
+        raise ValueError(
+            f"{where} has no masks: a dense run made it, or one without sparsity/*.gin. To make "
+            "masks from its weights, include 'sparsity/from_dense.gin' with its path in "
+            "INITIAL_CHECKPOINT_PATH and train in another MODEL_DIR; to train sparse from scratch, "
+            "set another MODEL_DIR"
+        )
+
+    def shape(leaf):
+        # a state of axes has none
+        return tuple(leaf.shape) if hasattr(leaf, "shape") else None
+
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    other = [
+        f"{name} has shape {shape(found[name])} where this run has {shape(leaf)}"
+        for name, leaf in expected.items()
+        if name in found and shape(found[name]) != shape(leaf) and shape(found[name])
+    ]
+    explored = f"{SPARSITY}{EXPLORED}/"
+    if (missing or unexpected) and all(n.startswith(explored) for n in missing + unexpected):
+        now, then = ("tracks", "doesn't have") if missing else ("doesn't track", "has")
+        raise ValueError(
+            f"this run {now} which weights have ever been kept, which {where} {then}; resume with "
+            f"t5x_sparsity.SparsityConfig.track_explored = {not missing}, as it began"
+        )
+    if missing or unexpected or other:
+        differences = [
+            f"{title} {_few(names)}"
+            for title, names in (("missing", missing), ("unexpected", unexpected), ("and", other))
+            if names
+        ]
+        raise ValueError(
+            f"{where} was made with other rules of sparsity or by another algorithm: "
+            f"{', '.join(differences)}. Resume with the configuration that made it, or start in "
+            "another MODEL_DIR"
+        )
+
+
+def _few(names: list[str], n: int = 6) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return "; ".join(names[:n]) + more
+
+
+def check_masks_will_change(plan: Plan, step: int) -> None:
+    """Raises ValueError where a run that starts at `step` comes too late for its mask updates."""
+    late = [s.last for s in schedules(plan) if s.last < step]
+    if late:
+        raise ValueError(
+            f"the checkpoint is at step {step}, after the last mask update at step {max(late)}: "
+            "the masks would never change. TRAIN_STEPS counts the steps before the checkpoint too, "
+            "and shares such as MASK_UPDATE_END = 0.75 are of the steps from "
+            "t5x_sparsity.Periodic.start_step to TRAIN_STEPS; set them so that updates come after "
+            f"step {step}"
+        )
+
+
+def check_start_step(plan: Plan, step: int) -> None:
+    """Raises ValueError where mask updates count from a step that a run at `step` is yet to reach.
+
+    The step is then not the checkpoint's: it wasn't read, or not its step.
+    """
+    start = max((_start_step(s) for s in schedules(plan)), default=0)
+    if start > step:
+        raise ValueError(
+            f"the run starts at step {step}, but its mask updates count from step {start} "
+            "(t5x_sparsity.Periodic.start_step, by 'sparsity/from_dense.gin' the step in the name "
+            "of INITIAL_CHECKPOINT_PATH). If the checkpoint wasn't read, leave "
+            "utils.RestoreCheckpointConfig.mode at 'specific'; if it was, and steps are to count "
+            "anew, bind t5x_sparsity.Periodic.start_step and t5x_sparsity.OneShot.start_step to "
+            f"{step}"
+        )

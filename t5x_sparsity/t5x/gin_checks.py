@@ -1,0 +1,131 @@
+"""Checks of a run's gin configuration, before anything is built from it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gin
+from gin.config import ConfigurableReference
+
+from t5x_sparsity.t5x.initializer import SparseTrainStateInitializer
+from t5x_sparsity.t5x.optimizer import UNDRIVEN
+from t5x_sparsity.t5x.trainer import NOT_SPARSE, sparse_trainer
+
+MACROS = (
+    "SPARSITY",
+    "SPARSITY_DISTRIBUTION",
+    "EMBEDDING_SPARSITY",
+    "SPARSITY_PATTERN",
+    "NM_N",
+    "NM_M",
+    "MASK_UPDATE_BEGIN",
+    "MASK_UPDATE_END",
+    "MASK_UPDATE_PERIOD",
+    "DROP_FRACTION",
+    "GRADIENT_STEPS",
+    "GRADIENT_WEIGHT",
+    "MOMENTUM",
+    "INITIAL_SPARSITY",
+    "ABLATION_THRESHOLD",
+    "PRUNED_WEIGHT_DECAY",
+    "REGULARIZER",
+    "BACKWARD_SPARSITY_SHARE",
+    "NORMALIZATION",
+    "RESET_OPTIMIZER",
+)
+
+Config = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def register() -> None:
+    """Has gin check every configuration when it is finalized; harmless if called again."""
+    if check not in gin.config._FINALIZE_HOOKS:
+        gin.config.register_finalize_hook(check)
+
+
+def check(config: Config) -> None:
+    """A gin finalize hook.
+
+    Raises:
+      ValueError: one half of the include is overridden, a macro of ours, or one that looks like
+        ours, is bound and nobody reads it, or the run's length is not the one that shares are of.
+    """
+    _check_both_halves(config)
+    _check_macros(config)
+    _check_total_steps(config)
+
+
+def _check_both_halves(config: Config) -> None:
+    for (_, selector), bindings in config.items():
+        trainer = _wrapped(bindings.get("trainer_cls"))
+        initializer = _wrapped(bindings.get("train_state_initializer_cls"))
+        is_ours = trainer is sparse_trainer, initializer is SparseTrainStateInitializer
+        if any(is_ours) and not all(is_ours):
+            raise ValueError(f"{selector}: {NOT_SPARSE if is_ours[0] else UNDRIVEN}")
+
+
+def _check_macros(config: Config) -> None:
+    bound = {scope for scope, selector in config if selector == "gin.macro"}
+    read = {name for bindings in config.values() for v in bindings.values() for name in _macros(v)}
+    if "INITIAL_CHECKPOINT_PATH" in bound - read:
+        raise ValueError(
+            "INITIAL_CHECKPOINT_PATH is bound, but nothing reads it, and the run would start from "
+            "scratch; include 'sparsity/from_dense.gin' for a dense checkpoint, or bind "
+            "utils.RestoreCheckpointConfig.path for a sparse one"
+        )
+    for name in sorted(bound - read):
+        if name in MACROS:
+            raise ValueError(
+                f"{name} is bound, but nothing reads it: the included sparsity/*.gin has no such "
+                "setting, or a binding has taken its place. Remove the binding of one of the two"
+            )
+        near = difflib.get_close_matches(name.upper(), MACROS, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(
+                f"{name} is bound, but nothing reads it; did you mean {near[0]}? The macros of "
+                f"sparsity/*.gin are {', '.join(MACROS)}"
+            )
+
+
+def _check_total_steps(config: Config) -> None:
+    """Shares such as MASK_UPDATE_END = 0.75 are of TRAIN_STEPS, which relative steps overrule."""
+    macros = {
+        scope: b.get("value") for (scope, selector), b in config.items() if "macro" in selector
+    }
+    for (_, selector), bindings in config.items():
+        relative = bindings.get("relative_steps")
+        for name in _macros(relative):
+            relative = macros.get(name)
+        if relative is not None and _has_shares(config):
+            raise ValueError(
+                f"{selector}.relative_steps (TRAIN_STEPS_RELATIVE) is {relative}, so that the run "
+                "doesn't end at TRAIN_STEPS, of which MASK_UPDATE_BEGIN and MASK_UPDATE_END are "
+                "shares; leave it None and set TRAIN_STEPS to the step at which the run ends"
+            )
+
+
+def _has_shares(config: Config) -> bool:
+    return any(
+        selector.startswith("t5x_sparsity.") and "total_steps" in bindings
+        for (_, selector), bindings in config.items()
+    )
+
+
+def _wrapped(value: Any) -> Any:
+    return value.configurable.wrapped if isinstance(value, ConfigurableReference) else None
+
+
+def _macros(value: Any) -> Iterator[str]:
+    """Names of the macros that a bound value reads."""
+    if isinstance(value, ConfigurableReference):
+        if value.configurable.selector == "gin.macro":
+            yield "/".join(value.scopes)
+    elif isinstance(value, Mapping):
+        for k, v in value.items():
+            yield from _macros(k)
+            yield from _macros(v)
+    elif isinstance(value, list | tuple | set):
+        for v in value:
+            yield from _macros(v)

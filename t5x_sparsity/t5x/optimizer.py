@@ -1,0 +1,350 @@
+"""The optimizer that T5X is given: the run's own, with masks beside its state."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import re
+from typing import Any
+
+import flax.core
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_sparsity import host
+from t5x_sparsity.core.config import SparsityConfig
+from t5x_sparsity.core.contract import DENSE, Plan
+from t5x_sparsity.core.optimizer_slots import zero_slots
+from t5x_sparsity.core.train_step import SparsityState, forward_weights, init_state, train_step
+from t5x_sparsity.core.trees import flatten, unflatten
+from t5x_sparsity.t5x.checkpoints import SPARSITY, check_leaves, check_masks_will_change
+
+UNDRIVEN = (
+    "this run has sparsity's train state but not its trainer, and would train without masks: a "
+    "file included after sparsity/*.gin has bound train.trainer_cls again (T5X's run files do). "
+    "Include sparsity/*.gin last."
+)
+
+
+class StepKind(enum.Enum):
+    """Which of the two train steps is compiled."""
+
+    PLAIN = "plain"
+    UPDATE = "update"
+
+
+@flax.struct.dataclass
+class SparseOptimizerState:
+    """State of the base optimizer, and of sparsity beside it.
+
+    In a checkpoint: `state/step`, `state/param_states/...` as the base lays them out,
+    `state/sparsity/masks/<path of the weight>`, `state/sparsity/rng` and, for the algorithms that
+    need it, `state/sparsity/<slot>/<path of the weight>`.
+    """
+
+    step: Any
+    param_states: Any
+    sparsity: SparsityState
+
+
+class SparseOptimizer(host.OptimizerDef):
+    """Any T5X optimizer, training sparse.
+
+    It configures, and holds no arrays. `step_kind` says which train step its `apply_gradient` is
+    traced for; the sparse trainer makes a copy for each, and without that trainer there is none.
+    `fills_in` says that the state is one made from scratch, to fill in what a checkpoint lacks.
+    """
+
+    def __init__(self, base: host.OptimizerDef, config: SparsityConfig):
+        # not OptimizerDef's own __init__: hyper_params are the base's
+        self.base = base
+        self.config = config
+        self.step_kind: StepKind | None = None
+        self.fills_in = False
+        self._axes: dict[str, tuple[str | None, ...]] | None = None
+
+    def for_step(self, kind: StepKind) -> SparseOptimizer:
+        """This optimizer as the given train step needs it."""
+        driven = copy.copy(self)
+        driven.step_kind = kind
+        return driven
+
+    def filling_in(self) -> SparseOptimizer:
+        """This optimizer, for a state that may fill in what a checkpoint lacks.
+
+        The masks of such a state belong to weights that the checkpoint replaces, so its state dict
+        has None for them; `restore_state` makes those from the weights that were loaded.
+        """
+        other = copy.copy(self)
+        other.fills_in = True
+        return other
+
+    @property
+    def hyper_params(self):
+        return self.base.hyper_params
+
+    def update_hyper_params(self, **overrides):
+        return self.base.update_hyper_params(**overrides)
+
+    def set_param_axes(self, param_logical_axes) -> None:
+        """Takes the logical axes of every weight from the model."""
+        self._axes = {p: tuple(names) for p, names in _flatten_axes(param_logical_axes).items()}
+        if hasattr(self.base, "set_param_axes"):
+            self.base.set_param_axes(param_logical_axes)
+
+    def plan(self, params) -> Plan:
+        """The plan of the sparse weights among `params` (arrays or their shapes).
+
+        A weight that a MultiOptimizer leaves untrained stays dense, unless a rule matches it.
+        """
+        weights = flatten(params)
+        idle = _untrained(self.base, params)
+        weights = {
+            p: x
+            for p, x in weights.items()
+            if p not in idle or any(re.search(rule.path, p) for rule in self.config.rules)
+        }
+        return self.config.plan(weights, self._axes)
+
+    def init_state(self, params) -> SparseOptimizerState:
+        state = self.base.init_state(params)
+        return SparseOptimizerState(
+            step=jnp.asarray(state.step, jnp.int32),
+            param_states=state.param_states,
+            sparsity=init_state(self.config, self.plan(params), flatten(params)),
+        )
+
+    def create(self, target):
+        state = self.init_state(target)
+        weights = forward_weights(self.plan(target), state.sparsity, flatten(target))
+        return host.Optimizer(self, state, unflatten(target, weights))
+
+    def apply_gradient(self, hyper_params, params, state, grads):
+        """One train step's change of weights, optimizer state and, if it is the kind, masks."""
+        if self.step_kind is None:
+            raise ValueError(UNDRIVEN)
+
+        def gradient_step(weights, grads, base_state):
+            new_params, base_state = self.base.apply_gradient(
+                hyper_params, unflatten(params, weights), base_state, unflatten(params, grads)
+            )
+            return flatten(new_params), base_state
+
+        result = train_step(
+            self.plan(params),
+            state.sparsity,
+            step=state.step,
+            weights=flatten(params),
+            grads=flatten(grads),
+            optimizer_state=_base_state(state),
+            gradient_step=gradient_step,
+            updates_masks=self.step_kind is StepKind.UPDATE,
+        )
+        new_state = SparseOptimizerState(
+            # a step that only updates masks is a step too
+            step=jnp.asarray(state.step + 1, jnp.int32),
+            param_states=zero_slots(
+                result.optimizer_state.param_states, result.reset, result.weights
+            ),
+            sparsity=result.state,
+        )
+        return unflatten(params, result.weights), new_state
+
+    def derive_logical_axes(self, optimizer, param_logical_axes):
+        """The base's axes; a mask has its weight's."""
+        state = optimizer.state
+        base = self.base.derive_logical_axes(
+            host.Optimizer(self.base, _base_state(state), optimizer.target), param_logical_axes
+        )
+        # The host casts a leaf without axes to the checkpoint's dtype, counters included; such
+        # leaves are replicated, so say so.
+        real = _flat_dict(self.base.state_dict(optimizer.target, _base_state(state)))
+        axes = {
+            k: PartitionSpec() if v is None and real.get(k) is not None else v
+            for k, v in _flat_dict(base.state_dict()).items()
+        }
+        base = base.restore_state(_nested_dict(axes))
+        weight_axes = _flatten_axes(param_logical_axes)
+        sparsity = SparsityState(
+            masks={p: weight_axes[p] for p in state.sparsity.masks},
+            rng=PartitionSpec(),
+            slots={
+                name: {p: weight_axes[p] for p in arrays}
+                for name, arrays in state.sparsity.slots.items()
+            },
+        )
+        return host.Optimizer(
+            self,
+            SparseOptimizerState(
+                step=PartitionSpec(), param_states=base.state.param_states, sparsity=sparsity
+            ),
+            base.target,
+        )
+
+    def state_dict(self, target, state):
+        """The base's state dict, with the masks at `state/sparsity`."""
+        flat = _flat_dict(self.base.state_dict(target, _base_state(state)))
+        # Orbax can't read a None back; restore_state fills them in again
+        flat = {k: v for k, v in flat.items() if v is not None or not _is_slot(k)}
+        flat["state/step"] = state.step
+        leaves = sparsity_leaves(state.sparsity)
+        if self.fills_in:
+            leaves = dict.fromkeys(leaves)
+        return _nested_dict(flat | leaves)
+
+    def restore_state(self, opt_target, opt_state, state_dict):
+        flat = _flat_dict(flax.core.unfreeze(state_dict))
+        reference = _flat_dict(self.base.state_dict(opt_target, _base_state(opt_state)))
+        sparse = {k: v for k, v in flat.items() if k.startswith(SPARSITY)}
+        dense = {k: v for k, v in flat.items() if k not in sparse}
+        dense |= {k: v for k, v in reference.items() if v is None and _is_slot(k)}
+        target, base_state = self.base.restore_state(
+            opt_target, _base_state(opt_state), _nested_dict(dense)
+        )
+        expected = sparsity_leaves(opt_state.sparsity)
+        read = {k: v for k, v in sparse.items() if v is not None}
+        has_masks = any(k.startswith(f"{SPARSITY}masks/") for k in read)
+        if self.fills_in and not read and _same_leaves(opt_target, target):
+            # nothing was loaded, as where T5X replaces the step: the masks are of these weights
+            sparsity = opt_state.sparsity
+        elif len(read) < len(sparse) and not has_masks:
+            slots = {k: v for k, v in reference.items() if _is_slot(k)}
+            _check_shapes(slots, dense)
+            target, sparsity = self._start_from(opt_target, target, base_state.step)
+        else:
+            check_leaves(expected, read, "the state to restore")
+            sparsity = _in_dtype_of(target, _with_leaves(opt_state.sparsity, read))
+        return target, SparseOptimizerState(
+            step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
+        )
+
+    def _start_from(self, shapes, target, step) -> tuple[Any, SparsityState]:
+        """Masked weights and the state of sparsity to start with, from trained weights."""
+        weights, plan = flatten(target), self.plan(shapes)
+        for path, shape in flatten(shapes).items():
+            if tuple(weights[path].shape) != tuple(shape.shape):
+                raise ValueError(
+                    f"the weight {path!r} has shape {tuple(weights[path].shape)} in the checkpoint "
+                    f"and {tuple(shape.shape)} in this run's model; set MODEL to the checkpoint's"
+                )
+        at = int(host.utils.get_local_data(step))
+        check_masks_will_change(plan, at)
+
+        def start(weights):
+            state = init_state(self.config, plan, weights, trained=True)
+            return forward_weights(plan, state, weights, at), state
+
+        sparse = {p: weights[p] for p in plan}
+        if not sparse:
+            return target, start({})[1]
+        # a mask, and whatever an algorithm keeps of a weight, lies where its weight lies
+        where = {p: getattr(x, "sharding", None) for p, x in sparse.items()}
+        everywhere = next(iter(where.values()))
+        if isinstance(everywhere, NamedSharding):
+            everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+        state = jax.eval_shape(start, sparse)[1]
+        placed = SparsityState(
+            masks={p: where[p] for p in state.masks},
+            rng=everywhere,
+            slots={n: {p: where[p] for p in arrays} for n, arrays in state.slots.items()},
+        )
+        masked, state = jax.jit(start, out_shardings=(where, placed))(sparse)
+        return unflatten(target, weights | masked), state
+
+
+def with_optimizer(train_state, optimizer_def):
+    """The train state, or its axes, under another optimizer definition."""
+    return train_state.replace(
+        _optimizer=train_state._optimizer.replace(optimizer_def=optimizer_def)
+    )
+
+
+def sparsity_leaves(state: SparsityState) -> dict[str, Any]:
+    """The leaves of a sparsity state by their path in a checkpoint."""
+    arrays = {"masks": state.masks, **state.slots}
+    leaves = {f"{SPARSITY}{name}/{p}": x for name, of in arrays.items() for p, x in of.items()}
+    return {**leaves, f"{SPARSITY}rng": state.rng}
+
+
+def _with_leaves(like: SparsityState, leaves: dict[str, Any]) -> SparsityState:
+    return SparsityState(
+        masks={p: leaves[f"{SPARSITY}masks/{p}"] for p in like.masks},
+        rng=leaves[f"{SPARSITY}rng"],
+        slots={
+            name: {p: leaves[f"{SPARSITY}{name}/{p}"] for p in arrays}
+            for name, arrays in like.slots.items()
+        },
+    )
+
+
+def _in_dtype_of(target, sparsity: SparsityState) -> SparsityState:
+    """Dense weights under a mask in their weight's dtype, which the host may have read in another.
+
+    The model sees what is made of them, and no train step may change its weights' dtype.
+    """
+    if DENSE not in sparsity.slots:
+        return sparsity
+    weights = flatten(target)
+
+    def cast(x, like):
+        # a state of axes has no dtypes
+        known = hasattr(x, "astype") and hasattr(like, "dtype")
+        return x.astype(like.dtype) if known and x.dtype != like.dtype else x
+
+    dense = {p: cast(x, weights[p]) for p, x in sparsity.slots[DENSE].items()}
+    return sparsity._replace(slots={**sparsity.slots, DENSE: dense})
+
+
+def _same_leaves(a, b) -> bool:
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """The host reads a slot in whatever shape it was saved."""
+    for name, leaf in expected.items():
+        was, now = getattr(found.get(name), "shape", None), getattr(leaf, "shape", None)
+        if was is not None and now is not None and tuple(was) != tuple(now):
+            raise ValueError(
+                f"{name} has shape {tuple(was)} in the checkpoint and {tuple(now)} in this run's "
+                "optimizer; set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
+                "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]"
+            )
+
+
+def _untrained(optimizer, params) -> set[str]:
+    """Paths of the weights that no part of a MultiOptimizer trains.
+
+    Of other optimizers nobody can tell: optax freezes by zero updates, as any update may be.
+    """
+    if not isinstance(optimizer, host.optimizers.MultiOptimizer):
+        return set()
+    paths = list(flatten(params))
+    named = unflatten(params, {p: p for p in paths})
+    return set(paths).difference(*(t.iterate(named) for t in optimizer.traversals))
+
+
+def _base_state(state: SparseOptimizerState):
+    return host.OptimizerState(step=state.step, param_states=state.param_states)
+
+
+def _is_slot(key: str) -> bool:
+    return key.startswith("state/param_states/")
+
+
+def _flat_dict(tree) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
+    return dict(flat)
+
+
+def _nested_dict(flat) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _flatten_axes(axes) -> dict[str, PartitionSpec]:
+    leaves = jax.tree_util.tree_flatten_with_path(
+        axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}

@@ -1,0 +1,164 @@
+"""The docs: their tables are what the code is, and their example is run as it stands."""
+
+import contextlib
+import io
+import re
+import subprocess
+
+import gin
+import jax.numpy as jnp
+import model_table
+import numpy as np
+import optimizer_table
+import pytest
+import tiny_t5
+from command_runs import command, environment, saved, write_run
+
+import t5x_sparsity as ts
+from t5x_sparsity.core.train_step import init_state
+
+DOCS = tiny_t5.ROOT / "docs"
+INCLUDES = sorted(
+    p.stem
+    for p in (tiny_t5.ROOT / "gin/sparsity").glob("*.gin")
+    if p.stem not in ("base", "from_dense")
+)
+
+
+def tables(page):
+    """The rows of each table of a page, as lists of cells; the head first."""
+    found = re.findall(r"(?:^\|.*\n)+", (DOCS / page).read_text(), re.MULTILINE)
+    rows = [[line.strip("|\n").split("|") for line in table.splitlines(True)] for table in found]
+    return [
+        [[cell.strip() for cell in row] for row in table if "---" not in row[0]] for table in rows
+    ]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.DOTALL)
+
+
+def config_of(include, *bindings):
+    steps = [] if include in ("dense", "static") else ["TRAIN_STEPS = 100"]
+    with tiny_t5.gin_script() as parse:
+        parse(f"include 'sparsity/{include}.gin'", *steps, *bindings)
+        return gin.get_configurable(ts.SparsityConfig)()
+
+
+def extra_state(config):
+    """Bytes a sparse weight beside its mask."""
+    weights = {"kernel": jnp.ones((64, 128))}
+    state = init_state(config, config.plan(weights), weights)
+    arrays = [x for slot in state.slots.values() for x in slot.values()]
+    return sum(x.nbytes for x in arrays) / weights["kernel"].size
+
+
+def test_every_method_has_a_row_in_both_tables():
+    methods, defaults = tables("methods.md")
+    assert sorted(row[0].strip("`") for row in methods[1:]) == INCLUDES
+    named = [name for row in defaults[1:] for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted([*named, "dense", "static"]) == INCLUDES
+    algorithms = {x for n in ts.__all__ if isinstance(x := getattr(ts, n), type)}
+    algorithms = {x.__name__ for x in algorithms if issubclass(x, ts.Algorithm)} - {"Algorithm"}
+    assert {row[1].strip("`") for row in methods[1:]} == algorithms
+
+
+@pytest.mark.parametrize("row", tables("methods.md")[0][1:], ids=lambda row: row[0])
+def test_a_row_is_what_the_code_is(row):
+    include, name, _, dense_gradients, state, between, paper = (cell.strip("`") for cell in row)
+    config = config_of(include)
+    assert type(config.algorithm).__name__ == name
+    assert dense_gradients == config.algorithm.dense_gradients.value
+    assert float(state) == extra_state(config)
+    assert between
+    head = re.match(r"(#.*\n)+", (tiny_t5.ROOT / f"gin/sparsity/{include}.gin").read_text()).group()
+    for arxiv in re.findall(r"\[([\d.]+)\]\(https://arxiv.org/abs/\1\)", paper):
+        assert f"arXiv:{arxiv}" in head
+    assert bool(paper) == ("arxiv.org" in paper)
+
+
+@pytest.mark.parametrize("include", ["saliency", "global_saliency"])
+def test_sums_of_gradients_take_what_the_page_says(include):
+    assert extra_state(config_of(include, "GRADIENT_STEPS = 2")) == 4
+
+
+def test_the_tests_that_the_table_names_are_there():
+    page = (DOCS / "t5x_tests.md").read_text()
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)(?:\[([\w-]+)\])?`", page)
+    assert len(named) > 40
+    for file, function, case in named:
+        text = (tiny_t5.ROOT / f"tests/host/{file}.py").read_text()
+        assert re.search(rf"^def {function}\(", text, re.MULTILINE), function
+        if case:
+            cases = {"test_optimizer": optimizer_table.CASES, "test_model": model_table.CASES}
+            assert case in cases.get(function, model_table.CASES), case
+    common = re.findall(r"`(test_\w+)`", page)
+    text = (tiny_t5.ROOT / "tests/host/test_optimizer.py").read_text()
+    assert len(common) == 5 and all(f"def {name}(name" in text for name in common)
+    rows = [cell for table in tables("t5x_tests.md")[:1] for row in table[1:] for cell in row[1:2]]
+    ids = {name for cell in rows for name in re.findall(r"`([\w-]+)`", cell)}
+    assert ids == set(optimizer_table.CASES) | set(optimizer_table.T5X_ONLY)
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))
+def test_files_that_a_page_names_are_there(page):
+    text = (DOCS / page).read_text()
+    for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
+        assert (tiny_t5.ROOT / name).exists() or (tiny_t5.ROOT / "gin" / name).exists(), name
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert name == "my_pruner.py" or (tiny_t5.ROOT / "t5x_sparsity/algorithms" / name).exists()
+    for name in re.findall(r"\]\((?!http)([^)]*)\)", text):
+        assert (DOCS / name).exists(), name
+
+
+def test_the_example_of_a_new_method_trains(tmp_path):
+    module, with_optax = blocks("new_algorithm.md", "python")
+    (run_file,) = blocks("new_algorithm.md", "gin")
+    assert len([line for line in module.splitlines() if line.strip()]) <= 20
+    (tmp_path / "my_pruner.py").write_text(module)
+
+    # by gin, in a run that takes seconds: the page's file over a run file of that name
+    write_run(tmp_path, "dense").rename(tmp_path / "my_run.gin")
+    (tmp_path / "my_pruner_run.gin").write_text(run_file)
+    bindings = ["MASK_UPDATE_PERIOD=2", "my_pruner.MyPruner.power=0.5", "EVAL_PERIOD=8"]
+    arguments = command("my_pruner_run.gin", tmp_path / "run", *bindings, "CHECKPOINT_PERIOD=8")
+    done = subprocess.run(
+        arguments,
+        cwd=tmp_path,  # where Python and gin both find what the page has
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "my_pruner.MyPruner.power = 0.5" in done.stdout
+    leaves = saved(tmp_path / "run", 8)
+    masks = {
+        k.removeprefix("state/sparsity/masks/"): x for k, x in leaves.items() if "/masks/" in k
+    }
+    assert len(masks) == 7
+    for path, mask in masks.items():
+        weight = leaves[f"target/{path}"]
+        kept = int(np.unpackbits(mask).sum())
+        assert kept == round(weight.size * 0.2) and np.count_nonzero(weight) <= kept
+
+
+def test_the_example_with_optax_prints_what_the_page_says(tmp_path, monkeypatch):
+    module, with_optax = blocks("new_algorithm.md", "python")
+    (tmp_path / "my_pruner.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(with_optax, "new_algorithm.md", "exec"), {})
+    said = re.search(r"It prints `(.*)`, where magnitude", (DOCS / "new_algorithm.md").read_text())
+    assert printed.getvalue().strip() == said[1]
+    magnitude = with_optax.replace(
+        "from my_pruner import MyPruner", "from t5x_sparsity import Magnitude"
+    )
+    scope = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(
+            compile(magnitude.replace("MyPruner(", "Magnitude("), "new_algorithm.md", "exec"), scope
+        )
+    assert scope["kernel"].tolist() == [[8.0, 0.0], [4.0, 0.0]]
