@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from t5x_sparsity.artifacts.events import Histogram, Image
+from t5x_sparsity.artifacts.macros import shown_macros
 from t5x_sparsity.commands.report.names import block_of, natural, short, trim
 from t5x_sparsity.commands.report.run import TOTAL, ReportRun
 
@@ -22,14 +23,6 @@ MAX_IMAGES = 3
 _SHOWN_CARDS = 6
 # More weights than this are folded by blocks.
 _FOLD = 40
-
-_IMPORTANT = (
-    "SPARSITY", "SPARSITY_DISTRIBUTION", "SPARSITY_PATTERN", "EMBEDDING_SPARSITY",
-    "INITIAL_SPARSITY", "MASK_UPDATE_BEGIN", "MASK_UPDATE_END", "MASK_UPDATE_PERIOD",
-    "DROP_FRACTION", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS", "MIXTURE_OR_TASK_NAME",
-    "LEARNING_RATE", "LEARNING_RATE_FACTORS", "WARMUP_STEPS", "DROPOUT_RATE", "OPTIMIZER", "MODEL",
-    "INITIAL_CHECKPOINT_PATH", "RANDOM_SEED",
-)  # fmt: skip
 
 
 def escape(text: Any) -> str:
@@ -281,11 +274,12 @@ def _settings(runs: Sequence[ReportRun]) -> str:
         # the folder is the run's own anyway
         if name != "MODEL_DIR" and len({b.get(name) for b in bindings}) > 1
     ]
-    common = [n for n in _IMPORTANT if n not in differing and any(n in b for b in bindings)]
+    important = shown_macros()
+    common = [n for n in important if n not in differing and any(n in b for b in bindings)]
     if not differing and not common:
         return ""
     # macros before what they are bound to
-    order = {name: i for i, name in enumerate(_IMPORTANT)}
+    order = {name: i for i, name in enumerate(important)}
     differing.sort(key=lambda n: (order.get(n, len(order)), not n.isupper()))
     rows = [
         [breakable(name), *(f"<code>{breakable(b.get(name, '–'))}</code>" for b in bindings)]
