@@ -44,7 +44,7 @@ if __name__ == "__main__" and _host_argument(sys.argv):
     os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
 
 from t5x_sparsity.artifacts.gin_values import check_bindings
-from t5x_sparsity.cli import quiet
+from t5x_sparsity.commands import one_line, quiet
 
 with quiet():
     import gin
@@ -92,7 +92,7 @@ def _join_processes(values) -> None:
 
 def _stop(error: object) -> NoReturn:
     """Ends the command with one line, before anything runs."""
-    print(f"t5x_sparsity.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"t5x_sparsity.train: error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

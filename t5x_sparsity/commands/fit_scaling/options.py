@@ -7,8 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from t5x_sparsity import cli
-
 COSTS = ("gradual", "dense", "sparse")
 # No run's weights, tokens or loss are beyond; float64 holds their tenth powers, as the law takes.
 LEAST, MOST = 1e-30, 1e30
@@ -147,7 +145,7 @@ def add(commands) -> None:
         help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
         "the paper's for language models",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(options=FitScalingOptions)
 
 
 def _number(allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
@@ -174,7 +172,3 @@ def _whole(allowed: str, is_allowed: Callable[[int], bool]) -> Callable[[str], i
         return value
 
     return parse
-
-
-def _run(values: argparse.Namespace) -> int:
-    return cli.run("fit_scaling", cli.options_of(FitScalingOptions, values))

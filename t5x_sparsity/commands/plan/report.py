@@ -15,7 +15,7 @@ from t5x_sparsity.commands.text import format_bytes
 from t5x_sparsity.monitoring.flops import RunFlops
 
 # The exit code of a plan whose steps don't fit the slice.
-DoesNotFit = 3
+DOES_NOT_FIT = 3
 
 
 class WeightRow(NamedTuple):
