@@ -23,7 +23,7 @@ _EPILOG = (
 )
 
 # in the order of a run's life
-_COMMANDS = ("plan", "inspect", "export", "report", "fit-scaling")
+_COMMANDS = ("plan", "inspect", "export", "report", "fit_scaling")
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +60,7 @@ def _run(values: argparse.Namespace) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if "prepare" in values:
         values.prepare(values)
+    name = values.command.replace("-", "_")
     fields = dataclasses.fields(values.options)
     options = values.options(**{f.name: getattr(values, f.name) for f in fields})
     for stream in (sys.stdout, sys.stderr):
@@ -68,7 +69,7 @@ def _run(values: argparse.Namespace) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with quiet():
-            command = importlib.import_module(f"{_module(values.command)}.command")
+            command = importlib.import_module(f"t5x_sparsity.commands.{name}.command")
         code = command.run(options)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -83,10 +84,6 @@ def _run(values: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _module(command: str) -> str:
-    return f"t5x_sparsity.commands.{command.replace('-', '_')}"
 
 
 def _drop_output() -> None:
@@ -105,7 +102,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name in _COMMANDS:
-        importlib.import_module(f"{_module(name)}.options").add(commands)
+        importlib.import_module(f"t5x_sparsity.commands.{name}.options").add(commands)
     return parser, commands.choices
 
 

@@ -1,6 +1,11 @@
-"""Words for numbers. Nothing is imported, so that a command which needs no host loads none."""
+"""Numbers and lists as words. Imports nothing that a command without a host wouldn't."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def format_bytes(n: int) -> str:
@@ -9,3 +14,16 @@ def format_bytes(n: int) -> str:
         if n >= size:
             return f"{n / size:,.2f} {unit}"
     return f"{n:,} B"
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def evenly_spaced(values: Sequence[T], most: int) -> list[T]:
+    """At most so many of the values, the first and the last among them; `most` is at least 2."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

@@ -7,14 +7,13 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tabulate import tabulate
-
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, open_checkpoint
 from t5x_sparsity.artifacts.encodings import NM, Blocks
 from t5x_sparsity.artifacts.export import Exported, ExportedWeight, export
 from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.export.options import ExportOptions
 from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.monitoring.text_table import text_table
 
 _SUFFIX = ".safetensors"
 
@@ -114,8 +113,7 @@ def _as_text(exported: Exported, checkpoint: Checkpoint) -> str:
         "weight", "shape", "dtype", "encoding", "sparsity", "dense bytes", "exported bytes",
         "of dense", "bound bytes",
     )  # fmt: skip
-    align = (*["left"] * 4, *["right"] * 5)
-    parts = [tabulate(rows, headers=headers, colalign=align, disable_numparse=True)]
+    parts = [text_table(rows, headers=headers, align="llllrrrrr")]
     notes = [f"{w.path}: {w.note}." for w in exported.weights if w.note]
     if checkpoint.passed_over:
         notes.append(f"Passed over, not complete: {', '.join(checkpoint.passed_over)}.")

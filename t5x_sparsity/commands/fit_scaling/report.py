@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tabulate import tabulate
 
 from t5x_sparsity.commands.fit_scaling.options import FitScalingOptions
 from t5x_sparsity.commands.fit_scaling.table import Source
+from t5x_sparsity.monitoring.text_table import text_table
 from t5x_sparsity.scaling.intervals import Bootstrap, HeldOut
 from t5x_sparsity.scaling.law import COEFFICIENTS, Fit
 from t5x_sparsity.scaling.optimum import Optimum
@@ -39,8 +39,7 @@ class Grid(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def as_text(self) -> str:
-        align = ["left" if a == "l" else "right" for a in self.align]
-        return tabulate(self.rows, headers=self.headers, colalign=align, disable_numparse=True)
+        return text_table(self.rows, headers=self.headers, align=self.align)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 from t5x_sparsity.commands.inspect.weights import Comparison, Weight, total
 from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.monitoring.text_table import text_table
 
 _LAYOUTS = {"orbax": "Orbax", "t5x": "T5X's own"}
 _SHOWN = 12
@@ -116,8 +115,7 @@ class Report:
             "weight", "shape", "weights", "kept", "sparsity", "target", "dead rows", "dead columns",
             "pattern found",
         )  # fmt: skip
-        align = ("left", *["right"] * 7, "left")
-        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        return text_table(rows, headers=headers, align="lrrrrrrrl")
 
     def _total_row(self, name: str, rows: Sequence[Weight], target: float | None) -> tuple:
         t = _totals(rows)
@@ -317,8 +315,7 @@ class ComparisonReport:
         headers = (
             "weight", "weights", "kept in A", "kept in B", "overlap", "kept of A", "churn", "moved",
         )  # fmt: skip
-        align = ("left", *["right"] * 7)
-        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        return text_table(rows, headers=headers, align="lrrrrrrr")
 
 
 def _comparison_row(w: Comparison, name: str | None = None) -> tuple[str, ...]:

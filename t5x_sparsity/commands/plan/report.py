@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
 from t5x_sparsity.ahead_of_time.program import COLLECTIVES
 from t5x_sparsity.ahead_of_time.slices import Compilation
 from t5x_sparsity.commands.text import format_bytes
 from t5x_sparsity.monitoring.flops import RunFlops
+from t5x_sparsity.monitoring.text_table import text_table
 
 # The exit code of a plan whose steps don't fit the slice.
 DOES_NOT_FIT = 3
@@ -183,8 +182,7 @@ class Report:
             "weight", "shape", "logical axes", "PartitionSpec", "pattern", "algorithm", "sparsity",
             "weights", "kept", "mask bytes",
         )  # fmt: skip
-        align = (*["left"] * 6, *["right"] * 4)
-        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        return text_table(rows, headers=headers, align="llllllrrrr")
 
     def _summary_text(self) -> str:
         lines = []
@@ -294,12 +292,7 @@ def _slice_text(found: SliceReport) -> str:
     lines = [
         f"{found.name}: {found.chips} chips ({found.kind}), mesh {mesh}. On each chip:",
         "",
-        tabulate(
-            rows,
-            headers=("", *found.steps),
-            colalign=("left", *["right"] * len(steps)),
-            disable_numparse=True,
-        ),
+        text_table(rows, headers=("", *found.steps), align="l" + "r" * len(steps)),
         "",
     ]
     if any(s and s.open_loops for s in steps):

@@ -16,6 +16,7 @@ import numpy as np
 from t5x_sparsity.artifacts.events import Series
 from t5x_sparsity.commands.report.names import block_of, natural, short, trim
 from t5x_sparsity.commands.report.run import TOTAL, ReportRun, smoothed, window
+from t5x_sparsity.commands.text import evenly_spaced
 
 # A curve has at most so many points on the page, and a heatmap so many columns.
 MAX_POINTS = 1000
@@ -177,7 +178,7 @@ def _layers_of(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray]:
     if not paths:
         return [], np.zeros(0), np.zeros((0, 0))
     steps = np.unique(np.concatenate([s.steps for s in series.values()]))
-    steps = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_COLUMNS).round().astype(int))]
+    steps = np.array(evenly_spaced(steps, MAX_COLUMNS))
     z = np.full((len(paths), len(steps)), np.nan)
     for row, path in enumerate(paths):
         finite = np.isfinite(series[path].values)

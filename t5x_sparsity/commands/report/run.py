@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from t5x_sparsity.artifacts.events import Run, Series, resolve
+from t5x_sparsity.commands.report.names import short
 
 TOTAL = "total"
 
@@ -31,6 +32,24 @@ class ReportRun:
     name: str
     index: int
     run: Run
+
+    @property
+    def short_name(self) -> str:
+        """The name with its middle left out where it is long."""
+        return short(self.name, 32)
+
+    @property
+    def description(self) -> str:
+        """Method, sparsity and patterns in one line."""
+        if not self.is_sparse:
+            return "Dense: no weight was made sparse"
+        level = ""
+        if self.record:
+            level = sum(self.size(p) * v.get("sparsity", 0) for p, v in self.record.items())
+            level = f"{round(100 * level / max(self.sparse_weights, 1), 2):g}% sparse"
+            level += f", {self.distribution}" if self.distribution else ""
+        found = [" + ".join(self.methods) or "Sparse", level, " + ".join(self.patterns)]
+        return " · ".join(part for part in found if part)
 
     @property
     def record(self) -> Mapping[str, Mapping[str, Any]]:
