@@ -105,7 +105,7 @@ def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:
 
 
 def summary_table(rows: Sequence[LayerSummary]) -> str:
-    """The rows as text."""
+    """The rows as text, a line per weight; it takes no library, as optax users have none."""
     return text_table(
         [
             (
