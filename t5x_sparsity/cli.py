@@ -79,7 +79,13 @@ def _run(values: argparse.Namespace) -> int:
         _drop_output()
         return 0
     except (CommandError, ImportError, OSError) as e:
-        print(f"t5x-sparsity {values.command}: error: {one_line(e)}", file=sys.stderr)
+        error = one_line(e)
+        if isinstance(e, ModuleNotFoundError):
+            error = (
+                f"{e.name} isn't installed; run pip install 't5x_sparsity[{values.extra}]', which "
+                "has all that this command needs"
+            )
+        print(f"t5x-sparsity {values.command}: error: {error}", file=sys.stderr)
         _drop_output()
         return 2
     except KeyboardInterrupt:

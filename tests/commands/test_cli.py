@@ -73,6 +73,30 @@ def test_help_imports_no_host():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    "arguments, missing, extra",
+    [
+        (["inspect", "x"], "tensorstore", "tools"),
+        (["export", "x", "x.safetensors"], "safetensors", "tools"),
+        (["report", "x"], "tensorboard", "tools"),
+        (["fit-scaling", "x"], "scipy", "tools"),
+        (["plan", "--gin_file=x", "--host=embedded"], "gin", "embedded"),
+    ],
+)
+def test_a_command_without_its_extra_says_what_installs_it(arguments, missing, extra):
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None; from t5x_sparsity import cli; "
+        "sys.exit(cli.main(sys.argv[2:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, missing, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"t5x-sparsity {arguments[0]}: error: {missing}")
+    assert f"isn't installed; run pip install 't5x_sparsity[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def shell(line, **variables):
     """Runs a line in which `$X` is the command, buffered as it is for users."""
     x = f"{sys.executable} -m t5x_sparsity.cli"

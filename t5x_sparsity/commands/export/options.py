@@ -86,4 +86,4 @@ def add(commands) -> None:
     )
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     export.add_argument("--json", action="store_true", help="print one JSON object")
-    export.set_defaults(options=ExportOptions)
+    export.set_defaults(options=ExportOptions, extra="tools")

@@ -145,7 +145,7 @@ def add(commands) -> None:
         help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
         "the paper's for language models",
     )
-    parser.set_defaults(options=FitScalingOptions)
+    parser.set_defaults(options=FitScalingOptions, extra="tools")
 
 
 def _number(allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:

@@ -62,4 +62,4 @@ def add(commands) -> None:
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.add_argument("--all", action="store_true", help="list dense weights too")
-    inspect.set_defaults(options=InspectOptions)
+    inspect.set_defaults(options=InspectOptions, extra="tools")

@@ -51,7 +51,7 @@ def add(commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--all", action="store_true", help="list dense weights too")
-    plan.set_defaults(options=PlanOptions, prepare=_set_environment)
+    plan.set_defaults(options=PlanOptions, extra="embedded", prepare=_set_environment)
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

@@ -72,4 +72,4 @@ def add(commands) -> None:
         help="print one JSON object, the page's path and each run's key numbers, beside making "
         "the page",
     )
-    report.set_defaults(options=ReportOptions)
+    report.set_defaults(options=ReportOptions, extra="tools")
