@@ -34,7 +34,7 @@ class Slice:
     """A TPU slice, as libtpu describes it.
 
     Attributes:
-      name: that it was asked for by.
+      name: by which it was asked for.
       devices: all of them; a process has `local_devices` of them.
       hbm_bytes: memory of a device that a program can use; None where libtpu doesn't say.
       one_process: whether one process has all devices, as on the embedded host.
@@ -56,13 +56,13 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What came of compiling one step.
+    """The result of compiling one step.
 
     Attributes:
-      seconds: of tracing and compiling.
-      step: what it comes to; None where it was refused for memory.
-      needed_bytes: of a device's memory; None where libtpu refused it without saying.
-      available_bytes: likewise, of what there is.
+      seconds: that tracing and compiling took.
+      step: what it takes; None where it was refused for memory.
+      needed_bytes: of a device's memory; None where libtpu refused it without a number.
+      available_bytes: of a device's memory; None where libtpu doesn't say.
     """
 
     seconds: float
@@ -103,7 +103,7 @@ def get_slice(name: str, *, one_process: bool = False) -> Slice:
 
 
 def _usable_bytes(device: Any) -> int | None:
-    """Device memory as libtpu sees it: it says so when it refuses a program that needs more."""
+    """Usable device memory, which libtpu names when it refuses a program that needs more."""
     sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     far_too_large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=sharding)
     try:
@@ -136,7 +136,7 @@ def on_slice(devices: Slice) -> contextlib.AbstractContextManager[None]:
 
 
 def use_slice(partitioner: Any, devices: Slice) -> Mesh:
-    """Gives the partitioner the mesh that it would make on the slice, and returns it.
+    """Gives the partitioner the mesh that it would make on the slice, and returns the mesh.
 
     Raises:
       TopologyError: it makes none there.

@@ -21,21 +21,21 @@ from t5x_sparsity.artifacts.gin_values import check_bindings
 from t5x_sparsity.commands import CommandError, as_command_errors
 from t5x_sparsity.t5x import SparseTrainStateInitializer
 
-# Stand-ins: a plan needs no folder, and what makes a task may read data.
+# Stand-ins: a plan needs no folder, and making a task may read data.
 _NO_MODEL_DIR, _NO_TASK = "no_model_dir", "no_task"
-# gin computes what is bound, which here may read data, also where the caller gives another value.
+# gin computes what is bound even where the caller gives another value; this one may read data.
 _REFERENCES = "t5x_sparsity.sparse_trainer.reference_losses"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The arguments that the configuration gives to `train`, those that matter here.
+    """The arguments that the configuration gives to `train`, as far as a plan needs them.
 
     Attributes:
       model: as configured.
-      partitioner: likewise.
-      trainer_cls: likewise; sparse or not.
-      initializer_cls: likewise.
+      partitioner: as configured.
+      trainer_cls: as configured, sparse or not.
+      initializer_cls: as configured.
       batch: feature -> shape and dtype of a whole batch.
       total_steps: of the run.
       missing_imports: modules that the files import and that aren't installed.
@@ -143,8 +143,8 @@ def _parse(train, files, bindings, search_paths) -> None:
             search,
             list(files),
             list(bindings),
-            # Modules that are missing, such as those that register tasks, are passed over; a name
-            # that comes of one is an error all the same.
+            # Missing modules, such as those that register tasks, are skipped; a name from one is
+            # an error all the same.
             skip_unknown=("no configurable has this name",),
             finalize_config=False,
         )
@@ -163,7 +163,7 @@ def _parse(train, files, bindings, search_paths) -> None:
 
 @contextlib.contextmanager
 def _without_search_notes() -> Iterator[None]:
-    """gin logs each folder that has no such file as an error, and then raises one that has all."""
+    """Silences gin's log line per folder that has no such file; its error then lists them all."""
 
     def is_no_note(record) -> bool:
         return not str(record.msg).startswith("Path not found")

@@ -1,9 +1,10 @@
-"""Numbers and lists as words. Imports nothing that a command without a host wouldn't."""
+"""Numbers and lists as a command shows them. Imports the standard library alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -27,3 +28,12 @@ def evenly_spaced(values: Sequence[T], most: int) -> list[T]:
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def finite(value: Any) -> Any:
+    """A value of dicts, lists and tuples for JSON, with None for infinities and NaN."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

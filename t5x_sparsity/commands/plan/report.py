@@ -25,8 +25,8 @@ class WeightRow(NamedTuple):
       shape: of the whole weight.
       axes: logical axis names, None where there are none.
       spec: the mesh axes that split it, None where replicated.
-      pattern: the shape its zeros come in, '' for a dense weight, as the next.
-      algorithm: what decides on its mask.
+      pattern: the pattern of its zeros, '' for a dense weight.
+      algorithm: what chooses its mask, '' for a dense weight.
       sparsity: its target, None where it is dense or only the total has one.
       kept: weights that aren't zero in the end, None where only the total is known.
       mask_bytes: of its stored mask, on all devices together.
@@ -51,14 +51,14 @@ class WeightRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SliceReport:
-    """What the steps come to on a TPU slice, each chip.
+    """What the steps take on each chip of a TPU slice.
 
     Attributes:
       name: of the topology.
       kind: of its chips.
       chips: their number.
       mesh: axis -> size.
-      hbm_bytes: of a chip, as much as a program can use.
+      hbm_bytes: memory of a chip that a program can use; None where libtpu doesn't say.
       steps: 'dense', 'plain' and, where masks change, 'update'.
     """
 
@@ -88,11 +88,11 @@ class Report:
       kept: weights of the model that aren't zero in the end.
       total_steps: of the run.
       flops: of the run, sparse and dense.
-      other_state_bytes: what the algorithms keep beside masks.
+      other_state_bytes: what the algorithms keep next to masks.
       mask_bytes_per_device: on the mesh.
       mesh: axis -> size.
       missing_imports: modules that gin files name and that aren't installed.
-      warnings: what is odd about it, a sentence each.
+      warnings: one sentence per oddity.
       slice: None where none was asked for.
     """
 
