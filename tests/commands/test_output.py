@@ -61,6 +61,7 @@ def test_lists_and_numbers():
 
 
 def test_errors_of_a_configuration_become_the_commands():
+    prefix = "the run: "
     with (
         pytest.raises(CommandError, match="^the run: no such weight$"),
         as_command_errors(prefix),
