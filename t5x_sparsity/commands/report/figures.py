@@ -383,16 +383,9 @@ def _share_range(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False):
     if not values:
         return (0.0, 1.0)
     low, high = (0.0 if from_zero else min(values)), max(values)
-    room = max(0.08 * (high - low), 0.002)
+    room = max(0.08 * (high - low), 0.002) if high - low > 0.02 else 0.02
     # a curve at an end of the scale stays visible if the scale goes on a little
-    return (
-        (max(low - room, -0.01), min(high + room, 1.01))
-        if high - low > 0.02
-        else (
-            max(low - 0.02, -0.01),
-            min(high + 0.02, 1.01),
-        )
-    )
+    return max(low - room, -0.01), min(high + room, 1.01)
 
 
 def thinned(series: Series, limit: int = MAX_POINTS) -> Series:
