@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from t5x_sparsity.artifacts.gin_values import macros_in
+from t5x_sparsity.artifacts.macros import shown_macros
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.inspect.options import InspectOptions
 from t5x_sparsity.commands.inspect.report import ComparisonReport, MadeBy, Report
 from t5x_sparsity.commands.inspect.weights import Weight, compare_weight, read_weight
 from t5x_sparsity.commands.output import progress
 from t5x_sparsity.commands.text import first_few
-
-# Macros of config.gin that say how a run was made sparse, and what it was.
-_SHOWN = re.compile(
-    r"SPARSITY|SPARSITY_\w+|\w+_SPARSITY(_\w+)?|MASK_UPDATE_\w+|NM_[NM]|DROP_FRACTION|NORMALIZATION"
-    r"|GRADIENT_\w+|ABLATION_THRESHOLD|RESET_OPTIMIZER|REGULARIZER|PRUNED_WEIGHT_DECAY"
-    r"|INITIAL_CHECKPOINT_PATH|TRAIN_STEPS|OPTIMIZER|LEARNING_RATE\w*|BATCH_SIZE|MODEL"
-    r"|MIXTURE_OR_TASK_NAME|RANDOM_SEED"
-)
 
 
 def run(options: InspectOptions) -> int:
@@ -124,10 +117,8 @@ def _macros(path: str | None) -> dict[str, str]:
         return {}
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read()
-    # gin breaks a long value after a backslash, and indents the rest
-    text = re.sub(r"\\\n\s+", "", text)
-    found = re.findall(r"^([A-Z][A-Z0-9_]*) = (.*(?:\n[ \t]+.*)*)", text, re.MULTILINE)
-    return {name: one_line(value) for name, value in found if _SHOWN.fullmatch(name)}
+    shown = shown_macros()
+    return {name: one_line(v) for name, v in macros_in(text).items() if name in shown}
 
 
 def _notes(checkpoint: Checkpoint, weights: list[Weight]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_sparsity.artifacts.events import Histogram, Image
+from t5x_sparsity.artifacts.macros import shown_macros
 from t5x_sparsity.commands.pages import render
 from t5x_sparsity.commands.report.names import block_of, natural, trim
 from t5x_sparsity.commands.report.run import TOTAL, ReportRun
@@ -22,14 +23,6 @@ MAX_IMAGES = 3
 _SHOWN_CARDS = 6
 # With more weights than this, the bars are folded by blocks.
 _FOLD = 40
-
-_IMPORTANT = (
-    "SPARSITY", "SPARSITY_DISTRIBUTION", "SPARSITY_PATTERN", "EMBEDDING_SPARSITY",
-    "INITIAL_SPARSITY", "MASK_UPDATE_BEGIN", "MASK_UPDATE_END", "MASK_UPDATE_PERIOD",
-    "DROP_FRACTION", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS", "MIXTURE_OR_TASK_NAME",
-    "LEARNING_RATE", "LEARNING_RATE_FACTORS", "WARMUP_STEPS", "DROPOUT_RATE", "OPTIMIZER", "MODEL",
-    "INITIAL_CHECKPOINT_PATH", "RANDOM_SEED",
-)  # fmt: skip
 
 
 # -- bars of layers -------------------------------------------------------------------------------
@@ -228,9 +221,10 @@ def config_section(runs: Sequence[ReportRun]) -> str:
         # the folder is the run's own anyway
         if name != "MODEL_DIR" and len({b.get(name) for b in bindings}) > 1
     ]
-    common = [n for n in _IMPORTANT if n not in differing and any(n in b for b in bindings)]
+    important = shown_macros()
+    common = [n for n in important if n not in differing and any(n in b for b in bindings)]
     # macros before what they are bound to
-    order = {name: i for i, name in enumerate(_IMPORTANT)}
+    order = {name: i for i, name in enumerate(important)}
     differing.sort(key=lambda n: (order.get(n, len(order)), not n.isupper()))
     return render(
         "report/configuration.html",
