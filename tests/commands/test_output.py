@@ -20,7 +20,7 @@ def test_a_template_escapes_text_and_misses_no_value():
     environment = pages._environment()
     found = environment.from_string("{{ a }} {{ a|breakable }} {{ 0.5|percent }}").render(a="<b/c>")
     assert found == "&lt;b/c&gt; &lt;b/<wbr>c&gt; 50.00%"
-    with pytest.raises(jinja2.UndefinedError, match="'report' is undefined"):
+    with pytest.raises(jinja2.UndefinedError, match="'generator' is undefined"):
         pages.render("fit_scaling/page.html")
     with pytest.raises(ValueError, match="JSON compliant"):
         environment.from_string("{{ a|tojson }}").render(a=math.nan)
