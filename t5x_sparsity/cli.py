@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
 from t5x_sparsity.commands import CommandError, one_line, quiet
+from t5x_sparsity.extras import requires
 
 _DESCRIPTION = "Plans sparse runs of T5X, looks into them, and exports their weights."
 _EPILOG = (
@@ -68,9 +69,10 @@ def _run(values: argparse.Namespace) -> int:
             # a name that a terminal can't show is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     try:
-        with quiet():
-            command = importlib.import_module(f"t5x_sparsity.commands.{name}.command")
-        code = command.run(options)
+        with requires(values.extra, values.command):
+            with quiet():
+                command = importlib.import_module(f"t5x_sparsity.commands.{name}.command")
+            code = command.run(options)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -79,13 +81,7 @@ def _run(values: argparse.Namespace) -> int:
         _drop_output()
         return 0
     except (CommandError, ImportError, OSError) as e:
-        error = one_line(e)
-        if isinstance(e, ModuleNotFoundError):
-            error = (
-                f"{e.name} isn't installed; run pip install 't5x_sparsity[{values.extra}]', which "
-                "has all that this command needs"
-            )
-        print(f"t5x-sparsity {values.command}: error: {error}", file=sys.stderr)
+        print(f"t5x-sparsity {values.command}: error: {one_line(e)}", file=sys.stderr)
         _drop_output()
         return 2
     except KeyboardInterrupt:

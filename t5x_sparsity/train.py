@@ -25,9 +25,16 @@ from typing import NoReturn
 os.environ.setdefault("FLAX_PROFILE", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import flags, logging
+from t5x_sparsity.commands import one_line, quiet
+from t5x_sparsity.extras import MissingExtra, requires
 
 _HOST_FLAG = "--host"
+
+
+def _stop(error: object) -> NoReturn:
+    """Ends the command with one line of error, before anything runs."""
+    print(f"t5x_sparsity.train: error: {one_line(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _host_argument(argv: Sequence[str]) -> str | None:
@@ -43,15 +50,19 @@ def _host_argument(argv: Sequence[str]) -> str | None:
 if __name__ == "__main__" and _host_argument(sys.argv):
     os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
 
-from t5x_sparsity.artifacts.gin_values import check_bindings
-from t5x_sparsity.commands import one_line, quiet
+try:
+    with quiet(), requires("embedded", "training"):
+        import gin
+        import jax
+        import seqio
+        from absl import flags, logging
 
-with quiet():
-    import gin
-    import jax
-    import seqio
-
-    from t5x_sparsity import host
+        from t5x_sparsity import host
+        from t5x_sparsity.artifacts.gin_values import check_bindings
+except MissingExtra as e:
+    if __name__ != "__main__":
+        raise
+    _stop(e)
 
 # gin files bind it as `__main__.train`
 train = host.train_lib.train
@@ -88,12 +99,6 @@ def _join_processes(values) -> None:
         values.process_index,
         **({} if timeout is None else {"initialization_timeout": timeout}),
     )
-
-
-def _stop(error: object) -> NoReturn:
-    """Ends the command with one line of error, before anything runs."""
-    print(f"t5x_sparsity.train: error: {one_line(error)}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _methods() -> str:

@@ -37,7 +37,7 @@ def _environment() -> jinja2.Environment:
 
 def _breakable(text: Any) -> Markup:
     """A path or a name in code, which may be broken into lines after its parts."""
-    return Markup(re.sub(r"([_./])", r"\1<wbr>", escape(text)))
+    return Markup(re.sub(r"([_./])", r"\1<wbr>", str(escape(text))))
 
 
 def _source(name: str) -> Markup:

@@ -58,6 +58,21 @@ def test_a_command_that_cannot_be_read_is_one_line(tmp_path, arguments, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_without_the_extra_it_says_what_installs_it():
+    code = (
+        "import runpy, sys; sys.modules['seqio'] = None; sys.argv = ['train', '--host=embedded']; "
+        "runpy.run_module('t5x_sparsity.train', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "t5x_sparsity.train: error: training needs seqio, which isn't installed; install it by "
+        'pip install "t5x_sparsity[embedded]"\n'
+    )
+
+
 @pytest.mark.parametrize(
     "binding", ["A = 1", "a.B = 'x = y'", "A = @f()", "A = [%B, (1, 2.5), {'k': None}]", "A = @s/f"]
 )

@@ -10,7 +10,6 @@ KNOWN = {
     "__init__.py": "the public names, to the modules in _NAMES: it is above all layers",
     "cli.py": "the options and the command of each subcommand: commands is below cli",
     "embedded/data.py": "a module of the user, which registers tasks: T5X's DatasetConfig.module",
-    "host.py": "T5X, or the embedded host: embedded is below host",
 }
 
 

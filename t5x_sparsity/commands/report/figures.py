@@ -6,9 +6,10 @@ Colours are names such as '@run0', which the page replaces by the colours of its
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,60 +110,46 @@ def _loss_lines(run: ReportRun, series: Series) -> Iterator[dict[str, Any]]:
 
 def sparsity_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
     """Actual and target sparsity of all sparse weights together; ITOP's share if tracked."""
-    found = [r for r in runs if "sparsity/total" in r.run.train]
-    if not found:
-        return
-    pair = ("sparsity/total", "actual"), ("sparsity_target/total", "target")
-    data = _pairs(runs, found, *pair, "dash")
-    has_target = len(data) > len(found)
-    yield Chart(
+    yield from _series_chart(
+        runs,
+        ("sparsity/total", "actual"),
+        ("sparsity_target/total", "target"),
         id="chart-sparsity",
         title="Sparsity over the run",
         note="Share of the sparse layers' weights that are zero, all those layers together.",
-        runs=found,
-        keys=[Key("line", "actual"), Key("dash", "target")] if has_target else [],
-        data=data,
-        layout=_axes(share=_share_range(data)),
+        axes=_share_axes,
     )
-    explored = [r for r in runs if "mask_explored/total" in r.run.train]
-    if explored:
-        data = [_line(r, r.run.train["mask_explored/total"], "ever active") for r in explored]
-        yield Chart(
-            id="chart-explored",
-            title="Weights ever active",
-            note="Share of weights that any mask so far has kept (ITOP).",
-            runs=explored,
-            data=data,
-            layout=_axes(share=_share_range(data)),
-        )
+    yield from _series_chart(
+        runs,
+        ("mask_explored/total", "ever active"),
+        id="chart-explored",
+        title="Weights ever active",
+        note="Share of weights that any mask so far has kept (ITOP).",
+        axes=_share_axes,
+    )
 
 
 def churn_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
     """Churn, grown and dropped in total; churn by layer."""
-    found = [r for r in runs if "mask_churn/total" in r.run.train]
-    if found:
-        data = [_line(r, r.run.train["mask_churn/total"], "churn", shape="hv") for r in found]
-        yield Chart(
-            id="chart-churn",
-            title="Churn of a mask update",
-            note="Of the weights then updated, the share of active ones that was replaced.",
-            runs=found,
-            data=data,
-            layout=_axes(share=_share_range(data, from_zero=True)),
-        )
-    counted = [r for r in runs if "mask_grown/total" in r.run.train]
-    if counted:
-        pair = ("mask_grown/total", "grown"), ("mask_dropped/total", "dropped")
-        data = _pairs(runs, counted, *pair, "dash", shape="hv")
-        yield Chart(
-            id="chart-grown",
-            title="Weights grown and dropped",
-            note="Counts at the last mask update.",
-            runs=counted,
-            keys=[Key("line", "grown"), Key("dash", "dropped")],
-            data=data,
-            layout=_axes(),
-        )
+    yield from _series_chart(
+        runs,
+        ("mask_churn/total", "churn"),
+        id="chart-churn",
+        title="Churn of a mask update",
+        note="Of the weights then updated, the share of active ones that was replaced.",
+        axes=functools.partial(_share_axes, from_zero=True),
+        shape="hv",
+    )
+    yield from _series_chart(
+        runs,
+        ("mask_grown/total", "grown"),
+        ("mask_dropped/total", "dropped"),
+        id="chart-grown",
+        title="Weights grown and dropped",
+        note="Counts at the last mask update.",
+        axes=lambda data: _axes(),
+        shape="hv",
+    )
     by_layer = {r.index: _layers_of(r) for r in runs}
     highest = max((np.nanmax(z) for _, _, z in by_layer.values() if z.size), default=0.0)
     for run in runs:
@@ -251,32 +238,26 @@ def _row_labels(paths: Sequence[str], row: float) -> tuple[list[int], list[str]]
 
 def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
     """FLOPs so far against dense, their shares, and the loss they buy."""
+    yield from _series_chart(
+        runs,
+        ("flops/training", "spent"),
+        ("flops/training_dense", "dense"),
+        id="chart-flops",
+        title="Training FLOPs so far",
+        note="Of matrix products, were zeros skipped; dense is the same run without masks.",
+        keys=[Key("line", "this run"), Key("dot", "dense")],
+        axes=lambda data: _axes(tickformat="~s", hover=".4s"),
+    )
+    yield from _series_chart(
+        runs,
+        ("flops/training_share", "training so far"),
+        ("flops/inference_share", "inference"),
+        id="chart-flops-share",
+        title="FLOPs as a share of dense",
+        note="Training so far in the run, and inference with the masks of that step.",
+        axes=functools.partial(_share_axes, from_zero=True),
+    )
     found = [r for r in runs if "flops/training" in r.run.train]
-    if found:
-        pair = ("flops/training", "spent"), ("flops/training_dense", "dense")
-        data = _pairs(runs, found, *pair, "dot")
-        yield Chart(
-            id="chart-flops",
-            title="Training FLOPs so far",
-            note="Of matrix products, were zeros skipped; dense is the same run without masks.",
-            runs=found,
-            keys=[Key("line", "this run"), Key("dot", "dense")],
-            data=data,
-            layout=_axes(tickformat="~s", hover=".4s"),
-        )
-    shared = [r for r in runs if "flops/training_share" in r.run.train]
-    if shared:
-        pair = ("flops/training_share", "training so far"), ("flops/inference_share", "inference")
-        data = _pairs(runs, shared, *pair, "dash")
-        yield Chart(
-            id="chart-flops-share",
-            title="FLOPs as a share of dense",
-            note="Training so far in the run, and inference with the masks of that step.",
-            runs=shared,
-            keys=[Key("line", "training so far"), Key("dash", "inference")],
-            data=data,
-            layout=_axes(share=_share_range(data, from_zero=True)),
-        )
     # for one run it would repeat the validation loss
     tasks = sorted({t for r in found for t in r.eval_losses}) if len(found) > 1 else ()
     for i, task in enumerate(tasks):
@@ -330,30 +311,37 @@ def _line(
     }
 
 
-def _pairs(
+def _series_chart(
     runs: Sequence[ReportRun],
-    found: Sequence[ReportRun],
     first: tuple[str, str],
-    second: tuple[str, str],
-    dash: str,
-    **line: Any,
-) -> list[dict[str, Any]]:
-    """One line per run found, and a second where it has one: (tag, name) of both."""
+    second: tuple[str, str] | None = None,
+    *,
+    axes: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+    keys: Sequence[Key] = (),
+    shape: str = "linear",
+    **chart: Any,
+) -> Iterator[Chart]:
+    """The chart of a series of training, and of a second to compare it with: (tag, name) of each.
+
+    There is none where no run has the first. `axes` makes the layout from the traces; `keys` are
+    needed where they aren't the names.
+    """
+    found = [r for r in runs if first[0] in r.run.train]
+    if not found:
+        return
+    if second and not keys:
+        keys = [Key("line", first[1]), Key("dash", second[1])]
     data = []
     for run in found:
-        data.append(_line(run, run.run.train[first[0]], first[1], **line))
-        series = run.run.train.get(second[0])
-        if series is not None:
-            data.append(_second(runs, run, series, second[1], dash, **line))
-    return data
-
-
-def _second(runs, run: ReportRun, series: Series, what: str, dash: str, shape: str = "linear"):
-    """A line to compare a run's line with; it shows where one lies on the other."""
-    line = _line(run, series, what, shape=shape)
-    color = line["line"]["color"] if len(runs) > 1 else "@ink"
-    style = {"color": color, "width": 1.5, "dash": dash, "shape": shape}
-    return line | {"mode": "lines", "line": style}
+        data.append(_line(run, run.run.train[first[0]], first[1], shape=shape))
+        if second and second[0] in run.run.train:
+            # its own look shows where one line lies on the other
+            line = _line(run, run.run.train[second[0]], second[1], shape=shape)
+            color = line["line"]["color"] if len(runs) > 1 else "@ink"
+            style = {"color": color, "width": 1.5, "dash": keys[1].style, "shape": shape}
+            data.append(line | {"mode": "lines", "line": style})
+    keys = keys if len(data) > len(found) else ()
+    yield Chart(runs=found, keys=keys, data=data, layout=axes(data), **chart)
 
 
 def _axes(
@@ -362,37 +350,28 @@ def _axes(
     x_format: str | None = None,
     tickformat: str | None = None,
     hover: str = ",.5~g",
-    share: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     yaxis: dict[str, Any] = {"hoverformat": hover}
     if tickformat:
         yaxis["tickformat"] = tickformat
-    if share:
-        span = share[1] - share[0]
-        digits = 0 if span > 0.08 else 1 if span > 0.008 else 2
-        yaxis |= {"range": list(share), "tickformat": f".{digits}%", "hoverformat": ".2%"}
     xaxis: dict[str, Any] = {"title": {"text": x}, "hoverformat": ",.4~s" if x_format else ","}
     if x_format:
         xaxis["tickformat"] = x_format
     return {"xaxis": xaxis, "yaxis": yaxis}
 
 
-def _share_range(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False):
-    """A range of [0, 1] that shows all values with some room, however near each other they are."""
+def _share_axes(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False) -> dict[str, Any]:
+    """Axes of shares, over the part of [0, 1] that shows all values with some room."""
     values = [v for trace in data for v in trace["y"] if v is not None]
-    if not values:
-        return (0.0, 1.0)
-    low, high = (0.0 if from_zero else min(values)), max(values)
-    room = max(0.08 * (high - low), 0.002)
-    # a curve at an end of the scale stays visible if the scale goes on a little
-    return (
-        (max(low - room, -0.01), min(high + room, 1.01))
-        if high - low > 0.02
-        else (
-            max(low - 0.02, -0.01),
-            min(high + 0.02, 1.01),
-        )
-    )
+    low, high = 0.0, 1.0
+    if values:
+        least, most = (0.0 if from_zero else min(values)), max(values)
+        room = max(0.08 * (most - least), 0.002) if most - least > 0.02 else 0.02
+        # a curve at an end of the scale stays visible if the scale goes on a little
+        low, high = max(least - room, -0.01), min(most + room, 1.01)
+    digits = 0 if high - low > 0.08 else 1 if high - low > 0.008 else 2
+    axes = _axes(tickformat=f".{digits}%", hover=".2%")
+    return axes | {"yaxis": axes["yaxis"] | {"range": [low, high]}}
 
 
 def thinned(series: Series, limit: int = MAX_POINTS) -> Series:

@@ -1,0 +1,71 @@
+"""Where a package of an extra is missing, the error is one line with the command to install it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from t5x_sparsity.extras import MissingExtra, requires
+
+# what the base install has not
+HIDE = """
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+EXTRAS = ("absl", "clu", "etils", "flax", "gin", "orbax", "rich", "seqio", "tabulate", "tensorflow")
+
+
+def last_line(code, *hidden):
+    done = subprocess.run(
+        [sys.executable, "-c", HIDE.format(hidden=hidden) + code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "During handling" not in done.stderr and "direct cause" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    with pytest.raises(MissingExtra) as e, requires("tools", "t5x-sparsity report"):
+        import no_such_package.inside  # noqa: F401
+    assert str(e.value) == (
+        "t5x-sparsity report needs no_such_package, which isn't installed; install it by "
+        'pip install "t5x_sparsity[tools]"'
+    )
+    assert e.value.name.startswith("no_such_package") and e.value.__suppress_context__
+
+
+def test_a_missing_module_of_this_package_is_no_missing_extra():
+    with pytest.raises(ModuleNotFoundError, match="t5x_sparsity.no_such"), requires("tools", "it"):
+        import t5x_sparsity.no_such  # noqa: F401
+
+
+def test_other_import_errors_pass():
+    with pytest.raises(ImportError) as e, requires("tools", "it"):
+        from math import no_such_function  # noqa: F401
+    assert not isinstance(e.value, MissingExtra)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import t5x_sparsity.host",
+        "import t5x_sparsity.t5x",
+        "import t5x_sparsity.t5x.optimizer",
+        "import t5x_sparsity; t5x_sparsity.sparse_trainer",
+        "from t5x_sparsity import SparseTrainStateInitializer, host",
+    ],
+)
+@pytest.mark.parametrize("hidden", [("t5x", *EXTRAS), ("t5x", "seqio")], ids=["base", "no seqio"])
+def test_a_host_without_its_extra_is_one_line(code, hidden):
+    line = last_line(code, *hidden)
+    assert line.startswith("t5x_sparsity.extras.MissingExtra: the embedded host needs ")
+    assert line.endswith(
+        'which isn\'t installed; install it by pip install "t5x_sparsity[embedded]"'
+    )
