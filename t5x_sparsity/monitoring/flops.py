@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_sparsity.core.contract import Plan
-from t5x_sparsity.core.plan import groups
+from t5x_sparsity.core.plan import by_algorithm
 from t5x_sparsity.core.schedules import Periodic, last_update
 from t5x_sparsity.monitoring.matrix_products import Products
 
@@ -84,7 +84,7 @@ class FlopsSoFar:
         self._sparse = {p: products.of_weights[p] for p in plan}
         self._dense = products.total
         self._rest = self._dense - sum(self._sparse.values())
-        self._groups = groups(plan)
+        self._groups = by_algorithm(plan)
         # of each group, the updates that a step from here on may be after
         lasts = [last_update(a.updates, first_step) for a, _ in self._groups]
         self._updates = [[] if t is None else [t] for t in lasts]
@@ -152,7 +152,7 @@ def _evenly(steps: np.ndarray) -> np.ndarray:
 def ramp_warnings(plan: Plan) -> list[str]:
     """What to say of methods whose level rises along a ramp, in so few updates that it jumps."""
     found = []
-    for algorithm, part in groups(plan):
+    for algorithm, part in by_algorithm(plan):
         updates, path = algorithm.updates, next(iter(part))
         if not isinstance(updates, Periodic):
             continue
