@@ -14,14 +14,12 @@ from jax import lax
 
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.config import SparsityConfig
-from t5x_sparsity.core.contract import DENSE, Algorithm
+from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Plan
 from t5x_sparsity.core.optimizer_slots import zero_slots
 from t5x_sparsity.core.patterns import Pattern
-from t5x_sparsity.core.plan import Rule, schedules
-from t5x_sparsity.core.train_step import SparsityState, init_state, train_step
+from t5x_sparsity.core.plan import Rule, update_schedules
+from t5x_sparsity.core.train_step import GradientStep, SparsityState, init_state, train_step
 from t5x_sparsity.core.trees import flatten, unflatten
-
-Arrays = Mapping[str, jax.Array]
 
 
 class SparsifyState(NamedTuple):
@@ -48,6 +46,8 @@ def sparsify(
     rules: Sequence[Rule] = (),
     embedding_sparsity: float | str | None = None,
     seed: int = 0,
+    pack_masks: bool = True,
+    track_explored: bool = False,
     logical_axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optax optimizer so that it trains sparse.
@@ -66,8 +66,10 @@ def sparsify(
       rules: levels, patterns and algorithms of weights of their own.
       embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
       seed: of the masks' random choices.
-      logical_axes: tree like params with the logical names of each weight's axes, a tuple of names
-        a leaf, where weights are stacks of layers or experts. None: there are no stacks.
+      pack_masks: store masks eight weights per byte where a weight's shape allows.
+      track_explored: remember which weights have ever been kept, another bit per weight.
+      logical_axes: tree like params with the logical names of each weight's axes, one tuple of
+        names per leaf, where weights are stacks of layers or experts. None: there are no stacks.
 
     Raises:
       ValueError: a level out of range, an unknown distribution, a rule without effect, a pattern
@@ -81,96 +83,113 @@ def sparsify(
         rules=rules,
         embedding_sparsity=embedding_sparsity,
         seed=seed,
+        pack_masks=pack_masks,
+        track_explored=track_explored,
     )
-    inner = optax.with_extra_args_support(tx)
-    axes = None
-    if logical_axes is not None:
-        axes = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): names
-            for path, names in jax.tree_util.tree_flatten_with_path(
-                logical_axes, is_leaf=_is_axis_names
-            )[0]
-        }
+    axes = None if logical_axes is None else flatten(logical_axes, is_leaf=_is_axis_names)
+    wrapped = _Sparsified(optax.with_extra_args_support(tx), config, axes)
+    return optax.GradientTransformationExtraArgs(wrapped.init, wrapped.update)
 
-    def make_plan_of(weights):
-        missing = [] if axes is None else [p for p in weights if p not in axes]
-        if missing:
-            raise ValueError(
-                f"logical_axes must be a tree like params, but has nothing for {missing}; give "
-                "each a tuple of names, one an axis, or None"
-            )
-        return config.plan(weights, axes)
 
-    def init(params):
+class _Sparsified(NamedTuple):
+    """What `sparsify` makes of an optimizer: its two functions.
+
+    Attributes:
+      tx: the optimizer inside.
+      config: what is sparsified.
+      axes: path -> logical names of the weight's axes; None where there are no stacks.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    config: SparsityConfig
+    axes: Mapping[str, tuple[str | None, ...] | None] | None
+
+    def init(self, params: Any) -> SparsifyState:
         weights = flatten(params)
         return SparsifyState(
             count=jnp.zeros((), jnp.int32),
-            inner=inner.init(params),
-            sparsity=init_state(config, make_plan_of(weights), weights),
+            inner=self.tx.init(params),
+            sparsity=init_state(self.config, self.plan(weights), weights),
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        self, updates: Any, state: SparsifyState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SparsifyState]:
         if params is None:
             raise ValueError(
                 "sparsify needs the parameters: call update(grads, state, params), not "
                 "update(grads, state)"
             )
         grads, weights = flatten(updates), flatten(params)
-        plan = make_plan_of(weights)
+        plan = self.plan(weights)
 
-        # the optimizer's changes are carried beside its state: a mask update may take their place
-        def gradient_step(weights, grads, optimizer):
-            changes, inner_state = inner.update(
-                unflatten(updates, grads),
-                optimizer["state"],
-                unflatten(params, weights),
-                **extra_args,
-            )
+        # the optimizer's changes are carried next to its state: a mask update may replace them
+        def gradient_step(weights: Arrays, grads: Arrays, optimizer: Any) -> tuple[Arrays, Any]:
+            trees = unflatten(updates, grads), optimizer["state"], unflatten(params, weights)
+            changes, inner = self.tx.update(*trees, **extra_args)
             changes = flatten(changes)
             moved = optax.apply_updates(dict(weights), changes)
-            return moved, {"state": inner_state, "changes": changes}
+            return moved, {"state": inner, "changes": changes}
 
-        def stepped(operands, updates_masks):
-            inner_state, sparsity_state = operands
-            optimizer = {"state": inner_state, "changes": None}
-            like = jax.eval_shape(gradient_step, weights, grads, optimizer)[1]["changes"]
-            # of the dtypes that the optimizer gives, which need not be the weights'
-            optimizer["changes"] = {p: jnp.zeros(x.shape, x.dtype) for p, x in like.items()}
-            result = train_step(
-                plan,
-                sparsity_state,
-                step=state.count,
-                weights=weights,
-                grads=grads,
-                optimizer_state=optimizer,
-                gradient_step=gradient_step,
-                updates_masks=updates_masks,
-            )
-            changes = dict(result.optimizer_state["changes"])
-            for p, alive in result.alive.items():
-                # what is rounded off at each step must not add up beside the dense weight
-                alive = alive & (p not in result.state.slots.get(DENSE, {}))
-                changes[p] = _change(changes[p], weights[p], result.weights[p], alive)
-            inner_state = zero_slots(result.optimizer_state["state"], result.reset, weights)
-            return changes, inner_state, result.state
+        def step(state: SparsifyState, updates_masks: bool) -> tuple[Any, SparsifyState]:
+            changes, state = _step(plan, weights, grads, state, gradient_step, updates_masks)
+            return unflatten(updates, changes), state
 
-        operands = (state.inner, state.sparsity)
-        moving = schedules(plan)
-        if moving:
-            result = lax.cond(
-                functools.reduce(operator.or_, [s.is_update(state.count) for s in moving]),
-                lambda x: stepped(x, True),
-                lambda x: stepped(x, False),
-                operands,
+        due = [schedule.is_update(state.count) for schedule in update_schedules(plan)]
+        if due:
+            changes, state = lax.cond(
+                functools.reduce(operator.or_, due),
+                functools.partial(step, updates_masks=True),
+                functools.partial(step, updates_masks=False),
+                state,
             )
         else:
-            result = stepped(operands, False)
-        new_updates, inner_state, sparsity_state = result
-        return unflatten(updates, new_updates), SparsifyState(
-            count=optax.safe_increment(state.count), inner=inner_state, sparsity=sparsity_state
-        )
+            changes, state = step(state, False)
+        return changes, state._replace(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def plan(self, weights: Arrays) -> Plan:
+        missing = [] if self.axes is None else [p for p in weights if p not in self.axes]
+        if missing:
+            raise ValueError(
+                f"logical_axes must be a tree like params, but has nothing for {missing}; give "
+                "each a tuple of names, one an axis, or None"
+            )
+        return self.config.plan(weights, self.axes)
+
+
+def _step(
+    plan: Plan,
+    weights: Arrays,
+    grads: Arrays,
+    state: SparsifyState,
+    gradient_step: GradientStep,
+    updates_masks: bool,
+) -> tuple[dict[str, jax.Array], SparsifyState]:
+    """One train step: what is to be added to each weight, by path, and the state but for its count.
+
+    gradient_step's state is a dict of the inner optimizer's 'state' and of the 'changes' that it
+    makes; 'changes' that go in are those that a mask update makes in their place.
+    """
+    like = jax.eval_shape(gradient_step, weights, grads, {"state": state.inner})[1]["changes"]
+    # of the dtypes that the optimizer gives, which need not be the weights'
+    nothing = {p: jnp.zeros(x.shape, x.dtype) for p, x in like.items()}
+    found = train_step(
+        plan,
+        state.sparsity,
+        step=state.count,
+        weights=weights,
+        grads=grads,
+        optimizer_state={"state": state.inner, "changes": nothing},
+        gradient_step=gradient_step,
+        updates_masks=updates_masks,
+    )
+    changes = dict(found.optimizer_state["changes"])
+    for p, alive in found.alive.items():
+        # what is rounded off at each step must not add up next to the dense weight
+        alive = alive & (p not in found.state.slots.get(DENSE, {}))
+        changes[p] = _change(changes[p], weights[p], found.weights[p], alive)
+    inner = zero_slots(found.optimizer_state["state"], found.reset, weights)
+    return changes, state._replace(inner=inner, sparsity=found.state)
 
 
 def _change(change: jax.Array, old: jax.Array, new: jax.Array, alive: jax.Array) -> jax.Array:

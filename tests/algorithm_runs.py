@@ -15,6 +15,7 @@ import t5x_sparsity as ts
 from t5x_sparsity.algorithms import DENSE, GradualPruning, random_scores
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.optimizer_slots import zero_slots
+from t5x_sparsity.core.schedules import last_update
 from t5x_sparsity.core.train_step import forward_weights, init_state, train_step
 
 UPDATES = ts.Periodic(begin=1, end=6, period=2)  # at 1, 3, 5 and 6
@@ -257,6 +258,23 @@ def check_counts(algorithm, plan, masks, step):
             assert (found.sum(axis=1) == found[0].sum()).all(), path
 
 
+def check_densities(algorithm, plan, masks, step):
+    """What masks keep after the step is what the algorithm says of it, but for rounding."""
+    densities = algorithm.mask_densities(plan, last_update(algorithm.updates, step + 1))
+    assert set(densities) == set(plan)
+    total, slack = 0, 1
+    for path, layer in plan.items():
+        assert type(densities[path]) is float and 0 <= densities[path] <= 1
+        units = units_of(layer.pattern, layer.slice_shape)
+        parts = len(parts_of(layer.pattern, layer.slice_shape))
+        total += masks[path].sum() - densities[path] * layer.size
+        slack += max(len(unit) for unit in units) * parts * layer.slices
+        if not (algorithm.is_global and layer.in_budget):
+            found = units_kept(layer, masks[path]).sum(axis=1)
+            assert (abs(found - densities[path] * layer.units) <= parts).all(), path
+    assert abs(total) <= slack
+
+
 def run(case, programs, seed, unit=8):
     """A run, with all that must hold after each of its steps, beside the reference's.
 
@@ -272,6 +290,7 @@ def run(case, programs, seed, unit=8):
         algorithm, plan, dense, Optimizer.start(dense), functools.partial(uniform, case)
     )
     assert_equal(unpacked(plan, state.masks), {p: whole.masks[p] for p in plan}, "start:")
+    check_densities(algorithm, plan, unpacked(plan, state.masks), -1)
     assert_slots(plan, state, whole)
     types = None
     swapped = 0
@@ -299,6 +318,7 @@ def run(case, programs, seed, unit=8):
         for p, x in reset.items():
             np.testing.assert_array_equal(x, whole.reset[p])
         check_counts(algorithm, plan, masks, t)
+        check_densities(algorithm, plan, masks, t)
         # said once more, for the reference may err as the code does
         for p in plan:
             if not isinstance(algorithm, ts.DecayingMask) or t >= algorithm.updates.last:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 from typing import NamedTuple
 
 import flax.core
@@ -400,3 +401,29 @@ def test_errors():
         sparsify(optax.sgd(0.1), RIGL, rules=[Rule(path="nowhere")]).init(params)
     with pytest.raises(ValueError, match="weight 'block/kernel': 2:5 needs axis -2"):
         sparsify(optax.sgd(0.1), SET(updates=OneShot(step=1)), pattern=NByM(n=2, m=5)).init(params)
+
+
+def test_every_field_of_the_configuration_can_be_said():
+    said = {
+        name: x.default
+        for name, x in inspect.signature(sparsify).parameters.items()
+        if x.kind is x.KEYWORD_ONLY and name != "logical_axes"
+    }
+    fields = {f.name: f.default for f in dataclasses.fields(SparsityConfig)}
+    del fields["algorithm"]
+    assert said == fields
+
+
+def test_masks_may_be_unpacked_and_what_was_explored_tracked():
+    shapes = {"w": (64, 16)}
+    _, packed = start(sparsify(optax.sgd(0.1), RIGL), shapes)
+    assert packed.sparsity.masks["w"].shape == (8, 16)
+    tx = sparsify(optax.sgd(0.1), RIGL, pack_masks=False, track_explored=True)
+    params, state = start(tx, shapes)
+    assert state.sparsity.masks["w"].shape == (64, 16)
+    step, ever = make_step(tx), np.asarray(state.sparsity.masks["w"])
+    for seed in range(4):
+        params, state = step(params, state, normal(seed, shapes))
+        ever = ever | np.asarray(state.sparsity.masks["w"])
+        np.testing.assert_array_equal(state.sparsity.slots["explored"]["w"], ever)
+    assert ever.sum() > state.sparsity.masks["w"].sum()

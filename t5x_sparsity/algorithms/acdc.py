@@ -42,11 +42,19 @@ class ACDC(Algorithm):
             )
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        updates = self.updates
-        turn = (update.step - updates.begin) // updates.period
-        dense = (turn % 2 == 1) & (update.step != updates.end)
+        dense = self._begins_dense_phase(update.step)
         sparse = choose(plan, magnitudes(plan, update.weights), where=update.masks)
         return {p: mask | dense for p, mask in sparse.items()}
+
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        if updated is None or self._begins_dense_phase(updated):
+            return dict.fromkeys(plan, 1.0)
+        return super().mask_densities(plan, updated)
+
+    def _begins_dense_phase(self, step):
+        """Whether the update at `step`, an int or a traced one, brings all weights back."""
+        phase = (step - self.updates.begin) // self.updates.period
+        return (phase % 2 == 1) & (step != self.updates.end)
 
     def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:
         if not self.reset_optimizer:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from t5x_sparsity.core.contract import Algorithm, Arrays, LayerPlan, Plan
 from t5x_sparsity.core.patterns import Pattern
 from t5x_sparsity.core.selection import Choice, select_masks
-from t5x_sparsity.core.stacking import map_alike
+from t5x_sparsity.core.stacking import map_stacked
 
 
 def grown(before: Arrays, after: Arrays) -> dict[str, jax.Array]:
@@ -37,12 +37,12 @@ def random_scores(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
 
         return jax.vmap(one)(streams)
 
-    return map_alike(plan, draw, streams)
+    return map_stacked(plan, draw, streams)
 
 
 def magnitudes(plan: Plan, arrays: Arrays) -> dict[str, jax.Array]:
     """|x| of every weight's array."""
-    return map_alike(plan, lambda _, x: jnp.abs(x), arrays)
+    return map_stacked(plan, lambda _, x: jnp.abs(x), arrays)
 
 
 def choose(
@@ -83,7 +83,7 @@ def choices(
             stack_axes=layer.stack_axes,
             where=None if where is None else where[path],
             keep=None if keep is None else keep[path],
-            alike=layer.axes,
+            sharding=layer.axes,
         )
         for path, layer in plan.items()
     }

@@ -12,7 +12,7 @@ from t5x_sparsity.algorithms.common import choose, magnitudes, require_pattern
 from t5x_sparsity.algorithms.straight_through import UnderMask
 from t5x_sparsity.core.contract import Arrays, Need, Plan, Update, prune
 from t5x_sparsity.core.patterns import NByM
-from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule
+from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule, value_after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class DecayingMask(UnderMask):
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         return choose(plan, magnitudes(plan, update.weights))
+
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        if updated is None:
+            return dict.fromkeys(plan, 1.0)
+        return super().mask_densities(plan, updated)
 
     def gradients(self, plan: Plan, update: Update) -> Arrays:
         if self.straight_through:
@@ -89,15 +94,34 @@ class StructureDecay(UnderMask):
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         progress = self.updates.progress(update.step)
-        kept = {}
-        for path, layer in plan.items():
-            turns = jnp.asarray(stages(layer.pattern), jnp.int32)
-            turn = jnp.minimum((progress * len(turns)).astype(jnp.int32), len(turns) - 1)
-            kept[path] = turns[turn] * (layer.units // layer.pattern.m)
+        kept = {
+            path: _Stages(layer.pattern)(progress) * (layer.units // layer.pattern.m)
+            for path, layer in plan.items()
+        }
         return choose(plan, magnitudes(plan, update.weights), kept)
+
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        if updated is None:
+            return dict.fromkeys(plan, 1.0)
+        return {
+            path: value_after(_Stages(layer.pattern), self.updates, updated) / layer.pattern.m
+            for path, layer in plan.items()
+        }
 
     def gradients(self, plan: Plan, update: Update) -> Arrays:
         return update.grads if self.straight_through else prune(update.grads, update.masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """The weights that a group of `pattern` keeps, int32, over the progress of updates."""
+
+    pattern: NByM
+
+    def __call__(self, progress: jax.Array) -> jax.Array:
+        turns = jnp.asarray(stages(self.pattern), jnp.int32)
+        turn = jnp.minimum((progress * len(turns)).astype(jnp.int32), len(turns) - 1)
+        return turns[turn]
 
 
 def stages(pattern: NByM) -> tuple[int, ...]:

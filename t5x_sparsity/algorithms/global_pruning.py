@@ -14,7 +14,7 @@ from t5x_sparsity.algorithms.saliency import Saliency
 from t5x_sparsity.core.contract import LayerPlan, Plan, Update
 from t5x_sparsity.core.exact_sums import ordered_sum
 from t5x_sparsity.core.selection import select_jointly
-from t5x_sparsity.core.stacking import map_alike
+from t5x_sparsity.core.stacking import map_stacked
 from t5x_sparsity.core.topk import Count
 
 NORMALIZATIONS = ("norm", "lamp", None)
@@ -47,7 +47,7 @@ class GlobalMagnitude(GradualPruning):
             )
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        scores = map_alike(plan, self._comparable, self.scores(plan, update), update.masks)
+        scores = map_stacked(plan, self._comparable, self.scores(plan, update), update.masks)
         share = self.level(self.updates.progress(update.step))
         kept = scheduled_kept(plan, share)
         own = {p: layer for p, layer in plan.items() if not layer.in_budget}

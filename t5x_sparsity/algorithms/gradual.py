@@ -8,7 +8,7 @@ import jax
 
 from t5x_sparsity.algorithms.common import choose, magnitudes, random_scores, scheduled_kept
 from t5x_sparsity.core.contract import Algorithm, Plan, Update
-from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule
+from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule, value_after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,10 @@ class GradualPruning(Algorithm):
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
         # of pruned weights the optimizer has just moved some off 0: they are no candidates
         return choose(plan, self.scores(plan, update), kept, where=update.masks)
+
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        share = 0.0 if updated is None else value_after(self.level, self.updates, updated)
+        return {p: 1 - layer.level * share for p, layer in plan.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow, swap
 from t5x_sparsity.core.contract import Arrays, Need, Plan, Update
-from t5x_sparsity.core.schedules import Cosine, Polynomial, ValueSchedule
+from t5x_sparsity.core.schedules import Cosine, Polynomial, ValueSchedule, value_after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,18 @@ class GraNet(DropAndGrow):
 
     def kept(self, plan: Plan, progress: jax.Array) -> dict[str, jax.Array]:
         """Units kept per slice."""
+        return scheduled_kept(plan, self._share(plan, self.ramp(progress)))
+
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        share = self._share(plan, value_after(self.ramp, self.updates, updated))
+        return {p: 1 - layer.level * share for p, layer in plan.items()}
+
+    def _share(self, plan: Plan, ramp):
+        """The share of each layer's target sparsity at `ramp`, a float or traced."""
         total = sum(layer.size for layer in plan.values())
         target = sum(layer.level * layer.size for layer in plan.values()) / total
         start = min(1.0, self.initial_sparsity / target) if target else 1.0
-        return scheduled_kept(plan, start + (1 - start) * self.ramp(progress))
+        return start + (1 - start) * ramp
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None

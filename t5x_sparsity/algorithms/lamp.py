@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from t5x_sparsity.core.exact_sums import fixed_point, integer_sum
-from t5x_sparsity.core.topk import Count, Layout, joint_top_k_masks, settled, top_k_masks
+from t5x_sparsity.core.topk import Count, Layout, joint_top_k_masks, materialize, top_k_masks
 
 _LARGEST = jnp.finfo(jnp.float32).max
 
@@ -52,7 +52,7 @@ def lamp_masks(
         jnp.ones(s.shape, bool) if w is None else w for s, w in zip(scores, where, strict=True)
     ]
     firsts = top_k_masks(scores, [1] * len(scores), where=where, stack_axes=stack_axes)
-    squares = settled(
+    squares = materialize(
         [_square(s, a, axes) for s, a, axes in zip(scores, active, layout.reduced, strict=True)]
     )
     # of positive floats the bits order as the numbers do

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
 from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Need, Plan, Update
-from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule
+from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule, value_after
 
 
 class UnderMask(Algorithm):
@@ -51,6 +51,10 @@ class StraightThrough(UnderMask):
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
         return choose(plan, self.scores(plan, update.weights, update.key), kept)
+
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        share = value_after(self.level, self.updates, updated)
+        return {p: 1 - layer.level * share for p, layer in plan.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from t5x_sparsity.algorithms.straight_through import UnderMask
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.contract import DENSE, Arrays, Need, Plan, Slots, Update
 from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule
-from t5x_sparsity.core.stacking import pack_alike
+from t5x_sparsity.core.stacking import pack_stacked
 
 _BACKWARD = "backward"
 
@@ -61,7 +61,7 @@ class TopKAST(UnderMask):
         """B, stored as masks are."""
         share = jnp.where(progress >= 1, jnp.float32(1), self.backward(progress))
         chosen = choose(plan, magnitudes(plan, weights), scheduled_kept(plan, share), keep=masks)
-        return pack_alike(plan, chosen)
+        return pack_stacked(plan, chosen)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         return choose(plan, magnitudes(plan, update.weights))

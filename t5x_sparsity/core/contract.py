@@ -221,6 +221,23 @@ class Algorithm:
         del plan, step
         return prune(weights, masks)
 
+    def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
+        """The share of each weight that its mask keeps after the update at step `updated`.
+
+        It is what FLOPs, target metrics and warnings of ramps go by; an algorithm whose level
+        changes over a run overrides it, next to `update_masks`. Here the target level throughout.
+        Of neurons or layers that share a number by their scores, it is the even share.
+
+        Args:
+          plan: of the weights that this algorithm decides on.
+          updated: the step of the last update, on the host; None before the first.
+
+        Returns:
+          path -> a Python float in [0, 1].
+        """
+        del updated
+        return {path: 1 - layer.level for path, layer in plan.items()}
+
     def densities(self, density: float, step: int) -> tuple[float, float]:
         """The shares of a weight's entries that a train step computes with, each in [0, 1].
 

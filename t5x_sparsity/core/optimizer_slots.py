@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t5x_sparsity.core.trees import path_of
+
 Arrays = Mapping[str, jax.Array]
 
 # keys under which optimizers keep a running mean of squared gradients: optax, T5X's Adafactor
@@ -32,7 +34,7 @@ def zero_slots(state: Any, reset: Arrays, paths: Iterable[str] | None = None) ->
     paths = list(reset if paths is None else paths)
 
     def zero(keys, slot):
-        path = _weight_of(_name(keys), paths)
+        path = _weight_of(f"/{path_of(keys)}/", paths)
         if path not in reset or jnp.shape(slot) != reset[path].shape:
             return slot
         return jnp.where(reset[path], jnp.zeros((), slot.dtype), slot)
@@ -59,7 +61,7 @@ def second_moments(
     paths = list(weights if paths is None else paths)
     found: dict[str, jax.Array] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = _name(keys)
+        name = f"/{path_of(keys)}/"
         path = _weight_of(name, paths)
         if path not in weights or jnp.shape(leaf) != weights[path].shape:
             continue
@@ -73,10 +75,6 @@ def second_moments(
             "(adafactor.Adafactor.factored = False)"
         )
     return found
-
-
-def _name(keys) -> str:
-    return f"/{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
 
 
 def _weight_of(name: str, paths: list[str]) -> str | None:

@@ -29,9 +29,14 @@ class Pattern(Protocol):
 
     @property
     def fixed_level(self) -> float | None:
-        """The sparsity that the pattern itself sets, in [0, 1]; None where it takes any.
+        """The sparsity that the pattern itself sets, in [0, 1]; None where it takes any."""
 
-        A pattern that sets it has a `choose`, as NByM has, and needs no pooling.
+    @property
+    def searched(self) -> bool:
+        """Whether one search over all weights finds the units that are kept.
+
+        A pattern that isn't searched chooses weights by its own `choose`, as NByM does, and is
+        never pooled.
         """
 
     def units(self, shape: Sequence[int]) -> int:
@@ -70,6 +75,8 @@ def free_axes(ndim: int, stack_axes: Sequence[int]) -> list[int]:
 
 class _Together:
     """A pattern's part where the units of a slice are chosen together."""
+
+    searched = True
 
     def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
         return ()
@@ -298,6 +305,8 @@ class NByM(_Weights):
     n: int
     m: int
     axis: int = -2
+
+    searched = False  # groups are small, and need nothing of each other
 
     def __post_init__(self):
         if not 0 < self.n <= self.m:

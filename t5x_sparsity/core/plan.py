@@ -247,8 +247,8 @@ def _match(rules: Sequence[Rule], shapes: Mapping[str, object]) -> dict[str, Rul
     return matched
 
 
-def groups(plan: Plan) -> list[tuple[Algorithm, Plan]]:
-    """The plan by algorithm, each with the weights that it decides on."""
+def by_algorithm(plan: Plan) -> list[tuple[Algorithm, Plan]]:
+    """The plan in parts: each algorithm, with the plan of the weights that it decides on."""
     parts: list[tuple[Algorithm, dict]] = []
     for path, layer in plan.items():
         part = next((p for algorithm, p in parts if algorithm == layer.algorithm), None)
@@ -259,10 +259,10 @@ def groups(plan: Plan) -> list[tuple[Algorithm, Plan]]:
     return parts
 
 
-def schedules(plan: Plan) -> list[UpdateSchedule]:
+def update_schedules(plan: Plan) -> list[UpdateSchedule]:
     """The schedules by which masks of the plan change, each once."""
     found: list[UpdateSchedule] = []
-    for algorithm, _ in groups(plan):
+    for algorithm, _ in by_algorithm(plan):
         if algorithm.updates.last is not None and algorithm.updates not in found:
             found.append(algorithm.updates)
     return found

@@ -8,6 +8,7 @@ step from the very rule that the step itself follows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -318,6 +319,15 @@ class Exponential:
             -np.float32(self.rate) * progress
         )
         return jnp.where(progress >= 1, np.float32(self.final), value)
+
+
+@functools.lru_cache(maxsize=4096)
+def value_after(value: ValueSchedule, updates: UpdateSchedule, updated: int | None) -> float:
+    """The value that holds after the update at step `updated`, on the host; None: before the first.
+
+    It is computed by what a train step computes it by, on a device, and so is remembered.
+    """
+    return float(value(jnp.float32(0) if updated is None else updates.progress(updated)))
 
 
 def _check_share(name: str, value: float) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from t5x_sparsity.core import topk
 from t5x_sparsity.core.patterns import Pattern, free_axes
+from t5x_sparsity.core.stacking import equal_keys
 
 
 class Choice(NamedTuple):
@@ -23,8 +24,8 @@ class Choice(NamedTuple):
       stack_axes: axes along which slices are chosen apart.
       where: bool, the weight's shape; only these may be chosen. None: all.
       keep: bool, the weight's shape; these, whole units, are kept in any case and count towards k.
-      alike: equal for weights that are sharded alike, which may then be searched as one stack; a
-        stack of weights that are not would move them. None: searched by itself.
+      sharding: equal for weights that are sharded alike, which may then be searched as one stack; a
+        stack of others would move between devices. None: searched by itself.
     """
 
     pattern: Pattern
@@ -33,62 +34,65 @@ class Choice(NamedTuple):
     stack_axes: tuple[int, ...] = ()
     where: jax.Array | None = None
     keep: jax.Array | None = None
-    alike: Hashable | None = None
+    sharding: Hashable | None = None
 
 
 def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
     """Returns for every weight the mask of what is kept, all weights in one search."""
-    masks: dict[str, jax.Array] = {}
-    stacks = [
-        (paths, _stack([choices[p] for p in paths]) if len(paths) > 1 else choices[paths[0]])
-        for paths in _alike(choices)
-    ]
-    fixed = [n for n, (_, c) in enumerate(stacks) if c.pattern.fixed_level is not None]
-    search = [n for n in range(len(stacks)) if n not in fixed]
-    found: dict[int, jax.Array] = {}
-    if fixed:
-        scores = topk.settled([stacks[n][1].scores for n in fixed])
-        for n, settled in zip(fixed, scores, strict=True):
-            choice = stacks[n][1]
-            found[n] = choice.pattern.choose(
-                settled, choice.k, choice.keep, choice.where, choice.stack_axes
-            )
-    if search:
-        units = [_split(_of_units(stacks[n][1])) for n in search]
-        asked = [_fill_request(choice) for choice in units]
+    stacks = stack_alike(choices)
+    found = [None] * len(stacks)
+    ranked = [n for n, (_, c) in enumerate(stacks) if not c.pattern.searched]
+    searched = [n for n, (_, c) in enumerate(stacks) if c.pattern.searched]
+    if ranked:
+        scores = topk.materialize([stacks[n][1].scores for n in ranked])
+        for n, once in zip(ranked, scores, strict=True):
+            c = stacks[n][1]
+            found[n] = c.pattern.choose(once, c.k, c.keep, c.where, c.stack_axes)
+    if searched:
+        units = [_stack_parts(_pool(stacks[n][1])) for n in searched]
+        missing = [_missing(choice) for choice in units]
         chosen = topk.top_k_masks(
             [choice.scores for choice in units],
-            [k for k, _ in asked],
-            where=[where for _, where in asked],
+            [k for k, _ in missing],
+            where=[where for _, where in missing],
             stack_axes=[choice.stack_axes for choice in units],
         )
-        for n, choice, mask in zip(search, units, chosen, strict=True):
+        for n, choice, mask in zip(searched, units, chosen, strict=True):
             mask = mask if choice.keep is None else mask | choice.keep
-            scores, axes = stacks[n][1].scores, stacks[n][1].stack_axes
-            found[n] = choice.pattern.expand(mask, scores.shape, axes)
-    for n, (paths, _) in enumerate(stacks):
-        masks |= {p: found[n][i] if len(paths) > 1 else found[n] for i, p in enumerate(paths)}
+            found[n] = _expand(stacks[n][1], mask)
+    masks = {}
+    for (paths, _), mask in zip(stacks, found, strict=True):
+        masks |= {paths[0]: mask} if len(paths) == 1 else {p: mask[i] for i, p in enumerate(paths)}
     return {path: masks[path] for path in choices}
 
 
-def _alike(choices: Mapping[str, Choice]) -> list[list[str]]:
-    """The paths of choices that can be one stack.
+def stack_alike(
+    choices: Mapping[str, Choice], *, single: bool = False
+) -> list[tuple[list[str], Choice]]:
+    """Choices that differ in their numbers only as one, along a new first axis, with their paths.
 
     All choices share their passes over scores; stacks keep the compiled program small, however many
     layers a model has.
+
+    Args:
+      choices: by path.
+      single: whether a choice like no other is a stack too, of one.
     """
-    members: dict[Hashable, list[str]] = {}
-    for path, c in choices.items():
-        key = path
-        if c.alike is not None:
-            given = c.where is None, c.keep is None
-            key = (c.alike, c.pattern, c.scores.shape, c.scores.dtype.name, c.stack_axes, given)
-        members.setdefault(key, []).append(path)
-    return list(members.values())
+
+    def key_of(c: Choice) -> Hashable | None:
+        if c.sharding is None:
+            return None
+        given = c.where is None, c.keep is None
+        return c.sharding, c.pattern, c.scores.shape, c.scores.dtype.name, c.stack_axes, given
+
+    stacks = []
+    for paths in equal_keys({path: key_of(c) for path, c in choices.items()}):
+        alike = [choices[p] for p in paths]
+        stacks.append((paths, _stack(alike) if single or len(paths) > 1 else alike[0]))
+    return stacks
 
 
 def _stack(alike: list[Choice]) -> Choice:
-    """One choice of several alike, along a new first axis."""
     first = alike[0]
     axes = tuple(a % first.scores.ndim for a in first.stack_axes)
     k = first.k
@@ -116,7 +120,7 @@ def select_jointly(
     Args:
       choices: by path; `keep` is not supported.
       k: how many weights to keep, of those without a fixed level.
-      search: what finds them, called as `lamp.lamp_masks` is. None: `select.joint_top_k_masks`.
+      search: what finds them, called as `lamp.lamp_masks` is. None: `topk.joint_top_k_masks`.
 
     Raises:
       ValueError: a pattern chooses within parts of a slice, and so has no one threshold.
@@ -131,8 +135,8 @@ def select_jointly(
         )
     if not rest:
         return masks
-    stacks = [(paths, _stack([rest[p] for p in paths])) for paths in _alike(rest)]
-    units = [_of_units(choice) for _, choice in stacks]
+    stacks = stack_alike(rest, single=True)
+    units = [_pool(choice) for _, choice in stacks]
     order = {path: n for n, path in enumerate(rest)}
     arguments = {
         "where": [choice.where for choice in units],
@@ -145,12 +149,12 @@ def select_jointly(
         arguments["stack_axes"] = [choice.stack_axes for choice in units]
     found = search([choice.scores for choice in units], k, **arguments)
     for (paths, choice), mask in zip(stacks, found, strict=True):
-        mask = choice.pattern.expand(mask, choice.scores.shape, choice.stack_axes)
+        mask = _expand(choice, mask)
         masks |= {p: mask[i] for i, p in enumerate(paths)}
     return {path: masks[path] for path in choices}
 
 
-def _of_units(choice: Choice) -> Choice:
+def _pool(choice: Choice) -> Choice:
     """The choice with scores and masks of units in place of those of weights."""
     pattern, axes = choice.pattern, choice.stack_axes
 
@@ -164,7 +168,12 @@ def _of_units(choice: Choice) -> Choice:
     )
 
 
-def _split(choice: Choice) -> Choice:
+def _expand(choice: Choice, units: jax.Array) -> jax.Array:
+    """The mask of weights for one of units."""
+    return choice.pattern.expand(units, choice.scores.shape, choice.stack_axes)
+
+
+def _stack_parts(choice: Choice) -> Choice:
     """The choice with the axes along which its pattern chooses apart as stacked axes."""
     axes = choice.pattern.split_axes(choice.scores.ndim, choice.stack_axes)
     if not axes:
@@ -177,8 +186,8 @@ def _split(choice: Choice) -> Choice:
     return choice._replace(k=k, stack_axes=stack_axes)
 
 
-def _fill_request(choice: Choice):
-    """How many to choose beside those kept in any case, and from which."""
+def _missing(choice: Choice) -> tuple[int | jax.Array, jax.Array | None]:
+    """How many units to choose besides those kept in any case, and from which."""
     if choice.keep is None:
         return choice.k, choice.where
     free = tuple(free_axes(choice.keep.ndim, choice.stack_axes))

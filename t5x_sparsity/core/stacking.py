@@ -1,4 +1,4 @@
-"""Arrays of weights that are alike, computed on as one."""
+"""Arrays of weights that are alike, computed on as one stack."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from t5x_sparsity.core.contract import LayerPlan, Plan
 Arrays = Mapping[str, jax.Array]
 
 
-def map_alike(
+def equal_keys(keys: Mapping[str, Hashable | None]) -> list[list[str]]:
+    """The paths of each key, in order; those without one, None, each by itself."""
+    members: dict[Hashable, list[str]] = {}
+    for path, key in keys.items():
+        members.setdefault(path if key is None else key, []).append(path)
+    return list(members.values())
+
+
+def map_stacked(
     plan: Plan, function: Callable[..., jax.Array], *arrays: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """`function` of every weight's arrays, called once for all weights that are alike.
+    """`function` of every weight's arrays, called once per stack of weights that are alike.
 
     A model of many layers then compiles to a small program: the pieces of a result that go into
     another call, or into a selection, are one array to the compiler. Only weights of one sharding
@@ -30,14 +38,15 @@ def map_alike(
         along a new first axis, along which it must treat all alike. Returns such a stack.
       arrays: by path, for every weight of the plan.
     """
-    members: dict[Hashable, list[str]] = {}
-    for path, layer in plan.items():
+
+    def key_of(path: str, layer: LayerPlan) -> Hashable | None:
+        if layer.axes is None:  # nothing is known of its sharding
+            return None
         own = tuple((jnp.shape(a[path]), jnp.result_type(a[path])) for a in arrays)
-        sharding = path if layer.axes is None else layer.axes  # no axes: nothing is known of it
-        key = (sharding, layer.shape, layer.stack_axes, layer.pack_axis, own)
-        members.setdefault(key, []).append(path)
+        return layer.axes, layer.shape, layer.stack_axes, layer.pack_axis, own
+
     found: dict[str, jax.Array] = {}
-    for paths in members.values():
+    for paths in equal_keys({path: key_of(path, layer) for path, layer in plan.items()}):
         stacks = [jnp.stack([a[p] for p in paths]) for a in arrays]
         # the barrier keeps a compiler from moving parts of the stack into what they were made by,
         # where it doesn't see that all parts together are the stack again
@@ -46,19 +55,19 @@ def map_alike(
     return {path: found[path] for path in plan}
 
 
-def pack_alike(plan: Plan, masks: Arrays) -> dict[str, jax.Array]:
-    """`masks.pack` of every weight's mask."""
+def pack_stacked(plan: Plan, masks: Arrays) -> dict[str, jax.Array]:
+    """`packing.pack` of every weight's mask."""
 
     def pack(layer: LayerPlan, stack: jax.Array) -> jax.Array:
         return packing.pack(stack, None if layer.pack_axis is None else layer.pack_axis + 1)
 
-    return map_alike(plan, pack, masks)
+    return map_stacked(plan, pack, masks)
 
 
-def unpack_alike(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
-    """`masks.unpack` of every weight's stored mask."""
+def unpack_stacked(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
+    """`packing.unpack` of every weight's stored mask."""
 
     def unpack(layer: LayerPlan, stack: jax.Array) -> jax.Array:
         return packing.unpack(stack, (stack.shape[0], *layer.shape))
 
-    return map_alike(plan, unpack, stored)
+    return map_stacked(plan, unpack, stored)

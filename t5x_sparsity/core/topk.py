@@ -1,12 +1,12 @@
 """Exact top-k masks without a sort, and without moving a weight between devices.
 
 A score is mapped to an unsigned key of the same order, the key is cut into 16-bit digits, and the
-digits of the k-th largest key are found one bit a pass, most significant first. A pass counts, in
+digits of the k-th largest key are found one bit per pass, most significant first. A pass counts, in
 place, how many digits reach a candidate: under a sharded `jit` that is a local reduction and one
-all-reduce of a number a selection. A mask is what lies above the k-th key, so the search keeps
-nothing a weight but the digits it reads. Ties are settled by the same search over flat indices, and
-only where there are any. Everything is integer arithmetic, so that the masks are the same bit for
-bit on every mesh and platform.
+all-reduce of one number per selection. A mask is what lies above the k-th key, so that the search
+stores nothing per weight but the digits it reads. Ties are resolved by the same search over flat
+indices, and only where there are any. Everything is integer arithmetic, so that the masks are the
+same bit for bit on every mesh and platform.
 
 The order is that of a stable descending sort: larger scores first, equal scores (0.0 and -0.0 are
 equal) by lower flat index, infinities as numbers, and NaN after everything else.
@@ -127,7 +127,7 @@ def top_k_masks(
     Returns:
       For each, its mask: bool, the tensor's shape.
     """
-    scores = settled(scores)
+    scores = materialize(scores)
     where = [None] * len(scores) if where is None else where
     stack_axes = [()] * len(scores) if stack_axes is None else stack_axes
     masks: dict[int, jax.Array] = {}
@@ -174,7 +174,7 @@ def joint_top_k_masks(
     """
     if not scores:
         return []
-    scores = settled(scores)
+    scores = materialize(scores)
     where = [None] * len(scores) if where is None else list(where)
     if any(s.dtype != scores[0].dtype for s in scores):
         scores = [s.astype(jnp.float32) for s in scores]
@@ -183,13 +183,15 @@ def joint_top_k_masks(
     return _select(scores, Count(*(c.reshape(1) for c in Count.of(k))), where, layout)
 
 
-def settled(scores: Sequence[jax.Array]) -> list[jax.Array]:
-    """The same scores, computed once.
+def materialize(scores: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same scores as arrays in memory, computed once.
 
-    A compiler may compute what leads to a score again wherever the score is read, and round it
-    differently there, by fused multiply-adds. A search would then not find what it has counted.
-    What comes out of a loop is read, not computed again; an optimization barrier is gone before XLA
-    fuses. The loop is entered where there is a NaN, and then changes nothing that a search sees.
+    XLA's `InstructionFusion` copies what leads to a score into each kernel that reads the score,
+    and each copy may round differently, by fused multiply-adds. A search would then not find what
+    it has counted. The result of a loop is never copied so. An optimization barrier doesn't help:
+    `OptimizationBarrierExpander` removes it before XLA fuses. XLA must not see that the loop never
+    runs, or `WhileLoopSimplifier` removes it; so it runs where there is a NaN, and then changes
+    nothing that a search sees.
     """
     for s in scores:
         _format(s.dtype)
@@ -295,7 +297,7 @@ def _count(flags: jax.Array, stack_axes: Sequence[int], reduced: Sequence[int]) 
 
 
 def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
-    """The masks of the `needs` largest of every selection; scores must be settled."""
+    """The masks of the `needs` largest of every selection; scores must be materialized."""
 
     def keys():
         for s, w in zip(scores, where, strict=True):
@@ -367,7 +369,7 @@ def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
         digits = [k.astype(jnp.uint16) for k in keys]
         last = _digit_search(digits, needs, layout, width)
         left = needs - last.above
-        return _Found(last.threshold.astype(keys[0].dtype), left, ~left.reaches(_of(last)))
+        return _Found(last.threshold.astype(keys[0].dtype), left, ~left.reaches(last.equal))
     digits = [(k >> _DIGIT_BITS).astype(jnp.uint16) for k in keys]
     first = _digit_search(digits, needs, layout, width - _DIGIT_BITS)
     left = needs - first.above
@@ -381,7 +383,7 @@ def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
     equal = Count(
         *(
             jnp.where(last.threshold > 0, *c)  # all of the first digit reach a second of 0
-            for c in zip(_of(last), _of(first) - last.above, strict=True)
+            for c in zip(last.equal, first.equal - last.above, strict=True)
         )
     )
     left = left - last.above
@@ -397,10 +399,10 @@ class _Digit(NamedTuple):
     reached: Count
     above: Count
 
-
-def _of(digit: _Digit) -> Count:
-    """How many have just this digit."""
-    return digit.reached - digit.above
+    @property
+    def equal(self) -> Count:
+        """How many have just this digit."""
+        return self.reached - self.above
 
 
 def _digit_search(digits, needs: Count, layout: Layout, bits: int) -> _Digit:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +13,9 @@ from jax import lax
 
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.config import SparsityConfig
-from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Plan, Update, prune
-from t5x_sparsity.core.plan import groups, schedules
-from t5x_sparsity.core.stacking import pack_alike, unpack_alike
+from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Plan, Slots, Update, prune
+from t5x_sparsity.core.plan import by_algorithm, update_schedules
+from t5x_sparsity.core.stacking import pack_stacked, unpack_stacked
 
 # Masks must be the same whatever generator the run draws its dropout from.
 _KEY_IMPL = "threefry2x32"
@@ -21,12 +23,15 @@ _KEY_IMPL = "threefry2x32"
 # The slot of the weights that have ever been kept, stored as masks are.
 EXPLORED = "explored"
 
+# Takes weights, their gradients and its state; returns weights and state.
+GradientStep = Callable[[Arrays, Arrays, Any], tuple[Arrays, Any]]
+
 
 class SparsityState(NamedTuple):
     """The state of sparse training, all of it arrays.
 
     Attributes:
-      masks: path -> stored mask, uint8 (see `masks.py`); sparse weights only.
+      masks: path -> stored mask, uint8 (see `packing.py`); sparse weights only.
       rng: uint32 [2], data of the threefry key that every random choice derives from.
       slots: name -> path -> what an algorithm remembers of a weight, such as 'dense'; empty for
         most. Each has its weight's axes.
@@ -51,8 +56,8 @@ def init_state(
     """
     key = jax.random.key(config.seed, impl=_KEY_IMPL)
     stored, slots = {}, {}
-    for algorithm, part in groups(plan):
-        own = {p: weights[p] for p in part}
+    for algorithm, part in by_algorithm(plan):
+        own = in_this_plan(weights, part)
         masks = algorithm.initial_masks(part, own, None if trained else key)
         stored |= {p: packing.pack(masks[p], layer.pack_axis) for p, layer in part.items()}
         for name, arrays in algorithm.initial_slots(part, own, masks).items():
@@ -76,8 +81,8 @@ def forward_weights(plan: Plan, state: SparsityState, weights: Arrays, step=0) -
     """All weights as the model sees them at `step`; those that have a dense slot come from it."""
     weights = {**weights, **state.slots.get(DENSE, {})}
     masks = _unpacked(plan, state.masks)
-    for algorithm, part in groups(plan):
-        own = {p: weights[p] for p in part}
+    for algorithm, part in by_algorithm(plan):
+        own = in_this_plan(weights, part)
         weights |= algorithm.forward(part, own, masks, jnp.asarray(step, jnp.int32))
     return weights
 
@@ -87,7 +92,7 @@ def _unpacked(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
 
 
 class Step(NamedTuple):
-    """What a train step comes to.
+    """The result of a train step.
 
     Attributes:
       weights: by path, those that the model sees next.
@@ -112,10 +117,12 @@ def train_step(
     weights: Arrays,
     grads: Arrays,
     optimizer_state: Any,
-    gradient_step: Callable[[Arrays, Arrays, Any], tuple[Arrays, Any]],
+    gradient_step: GradientStep,
     updates_masks: bool,
 ) -> Step:
     """One train step: the base optimizer's, with sparsity around it.
+
+    First the gradient phase, then the mask phase if masks are due, then what the model sees next.
 
     Args:
       plan: of the sparse weights.
@@ -129,77 +136,146 @@ def train_step(
         itself finds out which of them are.
     """
     step = jnp.asarray(step, jnp.int32)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=_KEY_IMPL), step)
-    parts, masks, slots = groups(plan), _unpacked(plan, state.masks), state.slots
-    dense = slots.get(DENSE, {})
-    forward, weights = weights, {**weights, **dense}
-
-    def seen_by(part: Plan) -> Update:
-        return Update(
-            step=step,
-            weights=_of(weights, part),
-            grads=_of(grads, part),
-            masks=_of(masks, part),
-            key=key,
-            forward_weights=_of(forward, part),
-            slots={n: own for n, x in slots.items() if (own := {p: x[p] for p in part if p in x})},
-            optimizer_state=optimizer_state,
-            paths=tuple(grads),
-        )
-
-    visible = dict(grads)
-    for algorithm, part in parts:
-        slots = _merged(slots, algorithm.observe(part, seen_by(part)))
-        visible |= algorithm.gradients(part, seen_by(part))
-
-    due = _due(plan, step) if updates_masks else [False] * len(parts)
-    replaced = False
-    for (algorithm, _), now in zip(parts, due, strict=True):
-        replaced = replaced | (now if algorithm.replaces_gradient_step else False)
-    if replaced is not True:
-        taken = gradient_step(weights, visible, optimizer_state)
-        if replaced is not False:
-            taken = jax.tree.map(
-                lambda old, new: jnp.where(replaced, old, new), (weights, optimizer_state), taken
-            )
-        weights, optimizer_state = dict(taken[0]), taken[1]
-
-    after, stored, reset = masks, state.masks, {}
+    dense = state.slots.get(DENSE, {})
+    whole = Update(
+        step=step,
+        weights={**weights, **dense},
+        grads=grads,
+        masks=_unpacked(plan, state.masks),
+        key=jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=_KEY_IMPL), step),
+        forward_weights=weights,
+        slots=state.slots,
+        optimizer_state=optimizer_state,
+        paths=tuple(grads),
+    )
+    due = _due(plan, step) if updates_masks else []
+    whole = _gradient_phase(plan, whole, gradient_step, due)
+    found = _Masks(state.masks, whole.masks, whole.slots, {})
     if updates_masks:
-        before = unpack_alike(plan, state.masks)
-        after = dict(before)
-        for (algorithm, part), now in zip(parts, due, strict=True):
-            if now is not False:
-                update = seen_by(part)._replace(masks=_of(before, part))
-                new, new_slots = _updated(algorithm, part, update, now)
-                after |= new
-                slots = _merged(slots, new_slots)
-        stored = pack_alike(plan, after)
-        after = _unpacked(plan, _written(stored, step))
-        known = state.slots.get(EXPLORED, {})
-        slots = _merged(slots, {EXPLORED: {p: x | stored[p] for p, x in known.items()}})
-    for (algorithm, part), now in zip(parts, due, strict=True):
-        if now is not False:
-            forgotten = algorithm.resets(_of(masks, part), _of(after, part))
-            reset |= {p: x & now for p, x in forgotten.items()}
+        found = _mask_phase(plan, whole, state, due)
 
-    slots = _merged(slots, {DENSE: {p: weights[p] for p in dense}})
-    # a weight that comes back starts at 0, unless its dense value has been kept
-    bare = {p: weights[p] for p in plan if p not in dense}
-    weights |= prune(bare, masks) if updates_masks else bare
-    for algorithm, part in parts:
-        weights |= algorithm.forward(part, _of(weights, part), _of(after, part), step + 1)
-    alive = {p: after[p] & masks[p] for p in plan}
-    return Step(weights, optimizer_state, state._replace(masks=stored, slots=slots), alive, reset)
+    slots = _merged(found.slots, {DENSE: in_this_plan(whole.weights, dense)})
+    seen = dict(whole.weights)
+    if updates_masks:
+        # a weight that comes back starts at 0, unless its dense value has been kept
+        seen |= prune({p: seen[p] for p in plan if p not in dense}, whole.masks)
+    for algorithm, part in by_algorithm(plan):
+        own, masks = in_this_plan(seen, part), in_this_plan(found.masks, part)
+        seen |= algorithm.forward(part, own, masks, step + 1)
+    return Step(
+        weights=seen,
+        optimizer_state=whole.optimizer_state,
+        state=state._replace(masks=found.stored, slots=slots),
+        alive={p: found.masks[p] & whole.masks[p] for p in plan},
+        reset=found.reset,
+    )
 
 
-def _written(stored: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
-    """The same masks as arrays of their own, which is what comes out of a loop, entered or not.
+class _Due(NamedTuple):
+    """An algorithm whose masks may change in a step.
 
-    A compiler would otherwise select again wherever a mask is used, and make kernels of their own
-    for every weight, as each reads another part of a stack. They are to be read within the step;
-    what the step returns must be `stored` itself, since XLA for TPU fails where donated masks are
-    read beside those that take their place.
+    Attributes:
+      algorithm: the algorithm.
+      part: the plan of its weights.
+      now: traced bool, whether they do. None where it is the only schedule, and so they do.
+    """
+
+    algorithm: Algorithm
+    part: Plan
+    now: jax.Array | None
+
+
+def _due(plan: Plan, step: jax.Array) -> list[_Due]:
+    one_schedule = len(update_schedules(plan)) == 1
+    return [
+        _Due(algorithm, part, None if one_schedule else algorithm.updates.is_update(step))
+        for algorithm, part in by_algorithm(plan)
+        if algorithm.updates.last is not None
+    ]
+
+
+def _gradient_phase(
+    plan: Plan, whole: Update, gradient_step: GradientStep, due: list[_Due]
+) -> Update:
+    """Shows the gradients to the algorithms, and takes the base optimizer's step.
+
+    Returns `whole`, of all weights, with the weights, slots and optimizer state after the step. An
+    algorithm that is due may take the gradient step's place, for all weights.
+    """
+    visible = dict(whole.grads)
+    for algorithm, part in by_algorithm(plan):
+        slots = _merged(whole.slots, algorithm.observe(part, _seen_by(part, whole)))
+        whole = whole._replace(slots=slots)
+        visible |= algorithm.gradients(part, _seen_by(part, whole))
+
+    replacing = [d.now for d in due if d.algorithm.replaces_gradient_step]
+    conditions = [now for now in replacing if now is not None]
+    if len(conditions) < len(replacing):  # one does for sure
+        return whole
+    before = dict(whole.weights), whole.optimizer_state
+    after = gradient_step(before[0], visible, whole.optimizer_state)
+    if conditions:
+        replaced = functools.reduce(operator.or_, conditions)
+        after = jax.tree.map(lambda old, new: jnp.where(replaced, old, new), before, after)
+    return whole._replace(weights=dict(after[0]), optimizer_state=after[1])
+
+
+class _Masks(NamedTuple):
+    """Masks after a step, as they are stored and as bool; slots; and resets, see `Step`."""
+
+    stored: dict[str, jax.Array]
+    masks: dict[str, jax.Array]
+    slots: Mapping[str, Arrays]
+    reset: dict[str, jax.Array]
+
+
+def _mask_phase(plan: Plan, whole: Update, state: SparsityState, due: list[_Due]) -> _Masks:
+    """Updates the masks that are due, and the slots that go with them.
+
+    whole: of all weights, as the gradient phase leaves it.
+    """
+    before = unpack_stacked(plan, state.masks)
+    new, slots = dict(before), whole.slots
+    for algorithm, part, now in due:
+        update = _seen_by(part, whole)._replace(masks=in_this_plan(before, part))
+        own, own_slots = _update_if(now, algorithm, part, update)
+        new |= own
+        slots = _merged(slots, own_slots)
+    stored = pack_stacked(plan, new)
+    after = _unpacked(plan, _materialize(stored, whole.step))
+    explored = state.slots.get(EXPLORED, {})
+    slots = _merged(slots, {EXPLORED: {p: x | stored[p] for p, x in explored.items()}})
+    reset: dict[str, jax.Array] = {}
+    for algorithm, part, now in due:
+        own = algorithm.resets(in_this_plan(whole.masks, part), in_this_plan(after, part))
+        reset |= own if now is None else {p: x & now for p, x in own.items()}
+    return _Masks(stored, after, slots, reset)
+
+
+def _update_if(
+    now: jax.Array | None, algorithm: Algorithm, part: Plan, update: Update
+) -> tuple[Arrays, Slots]:
+    """An algorithm's masks and slots after the step; None: they are due for sure."""
+
+    def updated():
+        masks = algorithm.update_masks(part, update)
+        return masks, dict(algorithm.update_slots(part, update._replace(masks=masks)))
+
+    if now is None:
+        return updated()
+    return lax.cond(now, updated, lambda: (dict(update.masks), dict(update.slots)))
+
+
+def _materialize(stored: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+    """The same masks as arrays in memory, computed once.
+
+    XLA's `InstructionFusion` would otherwise copy the end of the selection into each kernel that
+    reads a mask, and make kernels of their own for every weight, as each reads another part of a
+    stack. The result of a loop is never copied so, even of one that never runs, as long as
+    `WhileLoopSimplifier` can't tell; an optimization barrier is removed before XLA fuses.
+
+    These are to be read within the step. What the step returns must be `stored` itself, since XLA
+    for TPU fails where donated masks are read next to those that take their place.
     """
 
     def never(i, masks):
@@ -208,29 +284,21 @@ def _written(stored: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Arr
     return lax.fori_loop(0, (step < 0).astype(jnp.int32), never, stored)
 
 
-def _of(arrays: Arrays, part: Plan) -> dict[str, jax.Array]:
-    return {p: arrays[p] for p in part}
+def in_this_plan(arrays: Arrays, plan: Iterable[str]) -> dict[str, jax.Array]:
+    """Those arrays whose paths are in the plan, in its order; all must be there."""
+    return {p: arrays[p] for p in plan}
 
 
-def _due(plan: Plan, step) -> list:
-    """For each algorithm whether its masks are due: a bool, traced where schedules differ."""
-    several = len(schedules(plan)) > 1
-    return [
-        a.updates.last is not None and (a.updates.is_update(step) if several else True)
-        for a, _ in groups(plan)
-    ]
-
-
-def _updated(algorithm: Algorithm, part: Plan, update: Update, due) -> tuple[Arrays, Any]:
-    """The masks and slots of an algorithm after an update step, if it is due."""
-
-    def moved():
-        masks = algorithm.update_masks(part, update)
-        return masks, dict(algorithm.update_slots(part, update._replace(masks=masks)))
-
-    if due is True:
-        return moved()
-    return lax.cond(due, moved, lambda: (dict(update.masks), dict(update.slots)))
+def _seen_by(part: Plan, whole: Update) -> Update:
+    """What an algorithm may look at, of an update of all weights."""
+    own = {name: {p: x[p] for p in part if p in x} for name, x in whole.slots.items()}
+    return whole._replace(
+        weights=in_this_plan(whole.weights, part),
+        grads=in_this_plan(whole.grads, part),
+        masks=in_this_plan(whole.masks, part),
+        forward_weights=in_this_plan(whole.forward_weights, part),
+        slots={name: x for name, x in own.items() if x},
+    )
 
 
 def _merged(slots: Mapping[str, Arrays], new: Mapping[str, Arrays]) -> dict[str, Arrays]:

@@ -8,20 +8,14 @@ kernels skip nothing; these figures say what a sparse machine could save.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from t5x_sparsity import algorithms
-from t5x_sparsity.algorithms.decaying_mask import stages
-from t5x_sparsity.algorithms.gradual import GradualPruning
-from t5x_sparsity.algorithms.straight_through import StraightThrough
-from t5x_sparsity.core.contract import LayerPlan, Plan
-from t5x_sparsity.core.plan import groups
-from t5x_sparsity.core.schedules import Periodic, UpdateSchedule, ValueSchedule, last_update
+from t5x_sparsity.core.contract import Plan
+from t5x_sparsity.core.plan import by_algorithm
+from t5x_sparsity.core.schedules import Periodic, last_update
 from t5x_sparsity.monitoring.matrix_products import Products
 
 # A ramp of fewer updates than this is a jump or two.
@@ -72,7 +66,7 @@ class RunFlops(NamedTuple):
 
 
 def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
-    """FLOPs of a run of `total_steps`, from its schedules; see `mask_density`.
+    """FLOPs of a run of `total_steps`, from its schedules; see `Algorithm.mask_densities`.
 
     products: of the loss of one batch.
     """
@@ -80,17 +74,22 @@ def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
 
 
 class FlopsSoFar:
-    """Adds up a run's FLOPs as it goes, on the host, from its schedules; see `mask_density`."""
+    """Adds up a run's FLOPs as it goes, on the host, from its schedules.
+
+    See `Algorithm.mask_densities`.
+    """
 
     def __init__(self, plan: Plan, products: Products, first_step: int = 0):
         """Starts at `first_step`, with nothing spent. products: of the loss of one batch."""
         self._sparse = {p: products.of_weights[p] for p in plan}
         self._dense = products.total
         self._rest = self._dense - sum(self._sparse.values())
-        self._groups = groups(plan)
+        self._groups = by_algorithm(plan)
         # of each group, the updates that a step from here on may be after
         lasts = [last_update(a.updates, first_step) for a, _ in self._groups]
         self._updates = [[] if t is None else [t] for t in lasts]
+        # of each group, the densities of its masks after an update
+        self._densities = [{} for _ in self._groups]
         self._first = self._step = first_step
         self._spent = 0.0
 
@@ -104,7 +103,7 @@ class FlopsSoFar:
             raise ValueError(f"steps are counted up to {self._step} already, got {step}")
         self._spent += 3 * self._rest * (step - self._step)
         forward = self._rest
-        for i, (algorithm, part) in enumerate(self._groups):
+        for i, (algorithm, _) in enumerate(self._groups):
             new = [t for t in range(self._step, step) if algorithm.updates.is_update(t)]
             updates = np.asarray(self._updates[i] + new, np.int64)
             is_update = np.zeros(step - self._step, bool)
@@ -112,29 +111,36 @@ class FlopsSoFar:
             # an update's step is counted apart: it may need gradients of all weights
             for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
                 chosen = _evenly(steps)
-                spent = [self._of_step(part, updates, int(t) + self._step) for t in chosen]
+                spent = [self._of_step(i, updates, int(t) + self._step) for t in chosen]
                 self._spent += sum(spent) * len(steps) / max(len(chosen), 1)
             self._updates[i] = updates[-1:].tolist()
             last = self._updates[i][0] if len(updates) else None
-            for path, layer in part.items():
-                density = mask_density(layer, part, last)
+            for path, density in self._mask_densities(i, last).items():
                 forward += self._sparse[path] * algorithm.densities(density, step)[0]
+            self._densities[i] = {last: self._mask_densities(i, last)}  # others are past
         self._step = step
         steps = step - self._first
         return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))
 
-    def _of_step(self, part: Plan, updates: np.ndarray, step: int) -> float:
+    def _of_step(self, group: int, updates: np.ndarray, step: int) -> float:
+        """FLOPs of the train step at `step` through the weights of a group."""
         before = int(np.searchsorted(updates, step))
         last = int(updates[before - 1]) if before else None
-        total, memo = 0.0, {}
-        for path, layer in part.items():
-            key = layer.level, layer.pattern
-            if key not in memo:
-                density = mask_density(layer, part, last)
-                memo[key] = layer.algorithm.densities(density, step)
-            forward, gradient = memo[key]
-            total += self._sparse[path] * float(2 * forward + gradient)
+        algorithm = self._groups[group][0]
+        total, computed = 0.0, {}
+        for path, density in self._mask_densities(group, last).items():
+            if density not in computed:
+                forward, gradient = algorithm.densities(density, step)
+                computed[density] = float(2 * forward + gradient)
+            total += self._sparse[path] * computed[density]
         return total
+
+    def _mask_densities(self, group: int, updated: int | None) -> Mapping[str, float]:
+        known = self._densities[group]
+        if updated not in known:
+            algorithm, part = self._groups[group]
+            known[updated] = algorithm.mask_densities(part, updated)
+        return known[updated]
 
 
 def _evenly(steps: np.ndarray) -> np.ndarray:
@@ -143,31 +149,17 @@ def _evenly(steps: np.ndarray) -> np.ndarray:
     return steps[((np.arange(_SAMPLES) + 0.5) * len(steps) / _SAMPLES).astype(int)]
 
 
-def mask_density(layer: LayerPlan, part: Plan, updated: int | None) -> float:
-    """The share of a weight that its mask keeps after the update at step `updated`, in [0, 1].
-
-    An algorithm that isn't known here is taken to keep its masks at the target level. SRigL's
-    neurons, and layers under one threshold, are taken to have their even share.
-
-    Args:
-      layer: of the weight.
-      part: the plan of all weights that its algorithm decides on.
-      updated: None before the first update.
-    """
-    return float(_density(layer.algorithm, layer, part, updated))
-
-
 def ramp_warnings(plan: Plan) -> list[str]:
     """What to say of methods whose level rises along a ramp, in so few updates that it jumps."""
     found = []
-    for algorithm, part in groups(plan):
-        updates, layer = algorithm.updates, next(iter(part.values()))
+    for algorithm, part in by_algorithm(plan):
+        updates, path = algorithm.updates, next(iter(part))
         if not isinstance(updates, Periodic):
             continue
         if updates.end - updates.begin >= _FEW_UPDATES * updates.period:
             continue
         steps = [t for t in range(updates.begin, updates.end + 1) if updates.is_update(t)]
-        levels = [1 - mask_density(layer, part, t) for t in steps]
+        levels = [1 - algorithm.mask_densities(part, t)[path] for t in steps]
         # others go up and down by design
         rises = levels == sorted(levels) and levels[0] < levels[-1]
         if rises and len(steps) < _FEW_UPDATES:
@@ -177,53 +169,3 @@ def ramp_warnings(plan: Plan) -> list[str]:
                 f"MASK_UPDATE_PERIOD, which is {updates.period}"
             )
     return found
-
-
-@functools.singledispatch
-def _density(algorithm, layer: LayerPlan, part: Plan, updated: int | None) -> float:
-    return 1 - layer.level
-
-
-@_density.register
-def _(algorithm: GradualPruning, layer, part, updated):
-    if updated is None:
-        return 1.0
-    return 1 - layer.level * _value(algorithm.level, algorithm.updates, updated)
-
-
-@_density.register
-def _(algorithm: StraightThrough, layer, part, updated):
-    return 1 - layer.level * _value(algorithm.level, algorithm.updates, updated)
-
-
-@_density.register
-def _(algorithm: algorithms.GraNet, layer, part, updated):
-    size = sum(x.size for x in part.values())
-    target = sum(x.level * x.size for x in part.values()) / size
-    start = min(1.0, algorithm.initial_sparsity / target) if target else 1.0
-    ramp = _value(algorithm.ramp, algorithm.updates, updated)
-    return 1 - layer.level * (start + (1 - start) * ramp)
-
-
-@_density.register
-def _(algorithm: algorithms.ACDC, layer, part, updated):
-    if updated is None:
-        return 1.0
-    turn = (updated - algorithm.updates.begin) // algorithm.updates.period
-    is_dense = turn % 2 == 1 and updated != algorithm.updates.end
-    return 1.0 if is_dense else 1 - layer.level
-
-
-@_density.register
-def _(algorithm: algorithms.StructureDecay, layer, part, updated):
-    if updated is None:
-        return 1.0
-    turns = stages(layer.pattern)
-    progress = float(algorithm.updates.progress(updated))
-    kept = turns[min(math.floor(progress * len(turns)), len(turns) - 1)]
-    return kept / layer.pattern.m
-
-
-@functools.lru_cache(maxsize=4096)
-def _value(schedule: ValueSchedule, updates: UpdateSchedule, updated: int | None) -> float:
-    return float(schedule(np.float32(0) if updated is None else updates.progress(updated)))

@@ -16,9 +16,9 @@ import numpy as np
 
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.contract import LayerPlan, Plan
-from t5x_sparsity.core.plan import groups
+from t5x_sparsity.core.plan import by_algorithm
 from t5x_sparsity.core.schedules import last_update
-from t5x_sparsity.monitoring.flops import RunFlops, mask_density
+from t5x_sparsity.monitoring.flops import RunFlops
 from t5x_sparsity.monitoring.summary import TOTAL, is_global, kept_counts
 
 Arrays = Mapping[str, jax.Array]
@@ -52,10 +52,10 @@ def scheduled_sparsities(plan: Plan, step: int) -> dict[str, float]:
     Layers under one threshold have none of their own, only the total counts them.
     """
     levels, total, size = {}, 0.0, 0
-    for algorithm, part in groups(plan):
-        last = last_update(algorithm.updates, step)
+    for algorithm, part in by_algorithm(plan):
+        kept = algorithm.mask_densities(part, last_update(algorithm.updates, step))
         for path, layer in part.items():
-            level = 1 - mask_density(layer, part, last)
+            level = 1 - kept[path]
             total += level * layer.size
             size += layer.size
             if not is_global(layer):

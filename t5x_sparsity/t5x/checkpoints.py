@@ -20,7 +20,7 @@ from flax import serialization, traverse_util
 
 from t5x_sparsity import host
 from t5x_sparsity.core.contract import Plan
-from t5x_sparsity.core.plan import schedules
+from t5x_sparsity.core.plan import update_schedules
 from t5x_sparsity.core.train_step import EXPLORED
 
 SPARSITY = "state/sparsity/"
@@ -355,7 +355,7 @@ def _few(names: list[str], n: int = 6) -> str:
 
 def check_masks_will_change(plan: Plan, step: int) -> None:
     """Raises ValueError where a run that starts at `step` comes too late for its mask updates."""
-    late = [s.last for s in schedules(plan) if s.last < step]
+    late = [s.last for s in update_schedules(plan) if s.last < step]
     if late:
         raise ValueError(
             f"the checkpoint is at step {step}, after the last mask update at step {max(late)}: "
@@ -371,7 +371,7 @@ def check_start_step(plan: Plan, step: int) -> None:
 
     The step is then not the checkpoint's: it wasn't read, or not its step.
     """
-    start = max((_start_step(s) for s in schedules(plan)), default=0)
+    start = max((_start_step(s) for s in update_schedules(plan)), default=0)
     if start > step:
         raise ValueError(
             f"the run starts at step {step}, but its mask updates count from step {start} "

@@ -344,7 +344,4 @@ def _nested_dict(flat) -> dict[str, Any]:
 
 
 def _flatten_axes(axes) -> dict[str, PartitionSpec]:
-    leaves = jax.tree_util.tree_flatten_with_path(
-        axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+    return flatten(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host
 from t5x_sparsity.core.contract import Plan
-from t5x_sparsity.core.plan import groups, schedules
+from t5x_sparsity.core.plan import by_algorithm, update_schedules
 from t5x_sparsity.core.schedules import last_update
 from t5x_sparsity.core.train_step import EXPLORED, SparsityState
 from t5x_sparsity.monitoring import mask_metrics
@@ -43,7 +43,7 @@ class RunMetrics:
           manager: the host's MetricsManager of training.
         """
         self._plan, self._manager = plan, manager
-        self._schedules = schedules(plan)
+        self._schedules = update_schedules(plan)
         masks, explored = axes.masks, axes.slots.get(EXPLORED, {})
         self._tracks = bool(explored)
         shown = mask_metrics.pictured(plan)
@@ -78,13 +78,13 @@ class RunMetrics:
             logging.warning("FLOPs are not reported, the model's loss can't be traced: %s", why)
             return
         # all that have one count from where the run began
-        starts = [getattr(a.updates, "start_step", 0) for a, _ in groups(self._plan)]
+        starts = [getattr(a.updates, "start_step", 0) for a, _ in by_algorithm(self._plan)]
         self._flops = FlopsSoFar(self._plan, products, max(starts, default=0))
 
     def start_period(self, first: int, steps: int) -> None:
         """Before the steps of a stats period."""
         self._watched, self._before = {}, {}
-        for algorithm, part in groups(self._plan):
+        for algorithm, part in by_algorithm(self._plan):
             last = last_update(algorithm.updates, first + steps, since=first)
             if last is not None:
                 self._watched.setdefault(last, []).extend(part)

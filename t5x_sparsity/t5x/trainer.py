@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from t5x_sparsity import host
 from t5x_sparsity.core.contract import Plan
-from t5x_sparsity.core.plan import schedules
+from t5x_sparsity.core.plan import update_schedules
 from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.monitoring import summary
 from t5x_sparsity.monitoring.flops import ramp_warnings
@@ -122,7 +122,7 @@ class SparseTrainer:
             shapes = flatten(train_state.params)
             self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
             self._plan = optimizer.plan(train_state.params)
-            self._schedules = schedules(self._plan)
+            self._schedules = update_schedules(self._plan)
             if kwargs.get("summary_dir") and jax.process_index() == 0:
                 write_record(kwargs["summary_dir"], self._plan)
                 _log_plan(self._plan, self._shapes, kwargs["summary_dir"])

@@ -15,7 +15,7 @@ from numpy_algorithms import Optimizer
 import t5x_sparsity as ts
 from t5x_sparsity.algorithms import DENSE
 from t5x_sparsity.core.optimizer_slots import zero_slots
-from t5x_sparsity.core.plan import schedules
+from t5x_sparsity.core.plan import update_schedules
 from t5x_sparsity.core.schedules import Never
 from t5x_sparsity.core.train_step import forward_weights, init_state, train_step
 
@@ -98,7 +98,7 @@ def test_each_weight_does_as_it_would_alone():
     moves = dict.fromkeys(plan, 0)
     for t in range(8):
         grads = draw(rng, shapes, 4)
-        due = any(schedule.is_update(t) for schedule in schedules(plan))
+        due = any(schedule.is_update(t) for schedule in update_schedules(plan))
         assert due == (t <= 6)
         old, old_masks = weights, unpacked(plan, state.masks)
         old_optimizer, old_dense = optimizer, state.slots[DENSE]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from meshes import assert_moves_no_weight, mesh, put, quick_jit
 from selection_oracles import chosen, group_oracle, oracle, random_scores
 
-from t5x_sparsity.core.patterns import NByM, Unstructured
+from t5x_sparsity.core.patterns import Channel, NByM, Unstructured
 from t5x_sparsity.core.selection import Choice, select_masks
 
 
@@ -159,6 +159,23 @@ def test_levels_and_counts():
     assert half.fixed_level == 0.5
     assert half.kept((8, 6), 0.9) == 24
     assert half.relaxed == whole.relaxed == whole
+
+
+class HalfOfTheChannels(Channel):
+    """A user's own pattern, with a level of its own, whose units are searched for."""
+
+    fixed_level = 0.5
+
+    def kept(self, shape, sparsity):
+        return shape[self.axis] // 2
+
+
+def test_a_pattern_of_fixed_level_may_be_searched_all_the_same():
+    scores = np.arange(24, dtype=np.float32).reshape(4, 6)
+    pattern = HalfOfTheChannels()
+    assert (pattern.searched, NByM(n=1, m=2).searched) == (True, False)
+    mask = chosen(pattern, scores, target(pattern, (4, 6)))
+    assert mask.tolist() == [[False] * 3 + [True] * 3] * 4
 
 
 def test_errors():

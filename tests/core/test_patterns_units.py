@@ -273,7 +273,7 @@ def joint():
     def run(scores, k, where):
         return select_jointly(
             {
-                p: Choice(JOINT[p][0], scores[p], 6, JOINT[p][2], where[p], alike="axes")
+                p: Choice(JOINT[p][0], scores[p], 6, JOINT[p][2], where[p], sharding="axes")
                 for p in ("groups", *(p for p in JOINT if p != "groups"))
             },
             k,
@@ -309,16 +309,16 @@ def test_lamp_scores_of_stacks_are_those_of_each(seed, k):
     shapes = {"a": (2, 6), "b": (4, 3), "c": (2, 6), "d": (2, 6)}
     scores = {p: rng.integers(0, 5, s).astype(np.float32) for p, s in shapes.items()}
     where = {p: rng.random(s) < 0.8 for p, s in shapes.items()}
-    apart, stacked = (lamp(alike)(scores, where, np.int32(k)) for alike in (None, "axes"))
+    apart, stacked = (lamp(sharding)(scores, where, np.int32(k)) for sharding in (None, "axes"))
     for p in shapes:
         np.testing.assert_array_equal(apart[p], stacked[p])
 
 
 @functools.cache
-def lamp(alike):
+def lamp(sharding):
     def run(scores, where, k):
         choices = {
-            p: Choice(Unstructured(), x, 0, (0,) if p == "c" else (), where[p], alike=alike)
+            p: Choice(Unstructured(), x, 0, (0,) if p == "c" else (), where[p], sharding=sharding)
             for p, x in scores.items()
         }
         return select_jointly(choices, k, search=lamp_masks)

@@ -13,7 +13,7 @@ import t5x_sparsity as ts
 from t5x_sparsity import SparsityConfig, Static
 from t5x_sparsity.ahead_of_time import slices as aot
 from t5x_sparsity.core.optimizer_slots import zero_slots
-from t5x_sparsity.core.stacking import map_alike
+from t5x_sparsity.core.stacking import map_stacked
 from t5x_sparsity.core.train_step import init_state, train_step
 
 SHAPES = {"a": (64, 16), "b": (64, 32), "c": (64, 16), "d": (64, 16), "e": (64, 16)}
@@ -40,7 +40,7 @@ def test_weights_of_one_shape_and_sharding_share_a_call(plan):
         return 2 * x
 
     arrays = {p: np.random.RandomState(0).randn(*s).astype("float32") for p, s in SHAPES.items()}
-    found = map_alike(plan, double, arrays)
+    found = map_stacked(plan, double, arrays)
     assert list(found) == list(SHAPES)
     for p, x in found.items():
         np.testing.assert_array_equal(x, 2 * arrays[p])
@@ -57,14 +57,14 @@ def test_weights_of_one_shape_and_sharding_share_a_call(plan):
 
 def test_what_differs_in_dtype_is_called_apart(plan):
     arrays = {p: jnp.zeros(s, jnp.bfloat16 if p == "d" else jnp.float32) for p, s in SHAPES.items()}
-    found = map_alike(plan, lambda _, x: x, arrays)
+    found = map_stacked(plan, lambda _, x: x, arrays)
     assert {p: x.dtype for p, x in found.items()} == {p: x.dtype for p, x in arrays.items()}
 
 
 def test_several_arrays_and_scalars(plan):
     scalars = {p: jnp.float32(n) for n, p in enumerate(SHAPES)}
     ones = {p: jnp.ones(s) for p, s in SHAPES.items()}
-    found = map_alike(plan, lambda _, s, x: s[:, None, None] * x, scalars, ones)
+    found = map_stacked(plan, lambda _, s, x: s[:, None, None] * x, scalars, ones)
     assert [float(x.max()) for x in found.values()] == [0, 1, 2, 3, 4]
 
 

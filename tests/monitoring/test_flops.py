@@ -1,10 +1,18 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from meshes import quick_jit
 
 import t5x_sparsity as ts
+from t5x_sparsity.algorithms import choose, magnitudes, scheduled_kept
+from t5x_sparsity.core import packing
 from t5x_sparsity.core.plan import make_plan
+from t5x_sparsity.core.train_step import init_state, train_step
 from t5x_sparsity.monitoring import flops
+from t5x_sparsity.monitoring.mask_metrics import scheduled_sparsities
 from t5x_sparsity.monitoring.matrix_products import Products
 
 SIZE = 40 * 50
@@ -178,3 +186,78 @@ def test_a_ramp_of_few_updates_is_warned_of(algorithm, steps):
     else:
         (warning,) = found
         assert f"at steps {steps}; for a smooth ramp lower MASK_UPDATE_PERIOD" in warning
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LateRamp(ts.Algorithm):
+    """A user's own algorithm: a straight ramp, which starts half-way for weights named 'late'."""
+
+    updates: ts.Periodic
+
+    def share(self, path, step):
+        progress = self.updates.progress(step)
+        return jnp.maximum(2 * progress - 1, 0) if "late" in path else progress
+
+    def update_masks(self, plan, update):
+        kept = {}
+        for path, layer in plan.items():
+            kept |= scheduled_kept({path: layer}, self.share(path, update.step))
+        return choose(plan, magnitudes(plan, update.weights), kept)
+
+    def mask_densities(self, plan, updated):
+        if updated is None:
+            return dict.fromkeys(plan, 1.0)
+        return {p: 1 - x.level * float(self.share(p, updated)) for p, x in plan.items()}
+
+
+def test_an_algorithm_of_the_users_own_is_counted_by_its_own_ramp():
+    config = ts.SparsityConfig(
+        algorithm=LateRamp(updates=ts.Periodic(begin=2, end=8, period=2)), sparsity=0.75
+    )
+    weights = {
+        p: np.random.default_rng(n).normal(size=(40, 50)).astype(np.float32)
+        for n, p in enumerate(("early", "late"))
+    }
+    plan = config.plan(weights)
+    state = init_state(config, plan, weights)
+
+    @quick_jit
+    def update(state, weights, step):
+        found = train_step(
+            plan,
+            state,
+            step=step,
+            weights=weights,
+            grads=weights,
+            optimizer_state=None,
+            gradient_step=lambda w, g, s: (w, s),
+            updates_masks=True,
+        )
+        return found.state, found.weights
+
+    def sparsities():
+        kept = {p: packing.unpack(m, plan[p].shape).mean() for p, m in state.masks.items()}
+        return {p: 1 - float(x) for p, x in kept.items()}
+
+    products = Products({p: 2.0 * SIZE for p in plan}, 0.0)
+    so_far, training, seen = flops.FlopsSoFar(plan, products), 0.0, []
+    for step in range(12):
+        found = scheduled_sparsities(plan, step)
+        assert found == pytest.approx(
+            {**sparsities(), "total": np.mean([*sparsities().values()])}, abs=1e-3
+        )
+        training += sum(3 * 2 * SIZE * (1 - x) for x in sparsities().values())
+        if config.algorithm.updates.is_update(step):
+            state, weights = update(state, weights, jnp.int32(step))
+            seen.append(sparsities())
+        counted = so_far.advance(step + 1)
+        assert counted.training == pytest.approx(training, rel=1e-3)
+        assert counted.forward == pytest.approx(
+            sum(2 * SIZE * (1 - x) for x in sparsities().values()), rel=1e-3
+        )
+        whole = flops.run_flops(plan, products, step + 1)
+        assert (whole.training, whole.forward) == (pytest.approx(counted.training), counted.forward)
+    assert [x["early"] for x in seen] == pytest.approx([0, 0.25, 0.5, 0.75], abs=1e-3)
+    assert [x["late"] for x in seen] == pytest.approx([0, 0, 0.25, 0.75], abs=1e-3)
+    (warning,) = flops.ramp_warnings(plan)
+    assert "the level of LateRamp rises in 4 mask updates only, at steps 2, 4, 6, 8" in warning

@@ -175,8 +175,7 @@ def _bytes(shape, dtype) -> int:
 
 def _leaves(axes) -> dict[str, tuple | None]:
     """The axes of weights by path; no axes are a leaf too."""
-    flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in flat}
+    return flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _named(pattern) -> str:
