@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import serialization, struct
+from flax import struct
 from flax.core import FrozenDict, freeze
 
 from t5x_sparsity.embedded.optimizers import (
@@ -21,6 +21,7 @@ from t5x_sparsity.embedded.optimizers import (
     OptimizerState,
     flatten,
     unflatten,
+    with_axes,
 )
 
 PyTree = Any
@@ -200,15 +201,8 @@ class Adafactor(OptimizerDef):
             )
             for path, axes in flatten(param_logical_axes).items()
         }
-        return Optimizer(
-            optimizer_def=optimizer.optimizer_def,
-            state=OptimizerState(
-                step=None, param_states=unflatten(states, like=optimizer.state.param_states)
-            ),
-            target=serialization.from_state_dict(
-                optimizer.target, serialization.to_state_dict(param_logical_axes)
-            ),
-        )
+        states = unflatten(states, like=optimizer.state.param_states)
+        return with_axes(optimizer, states, param_logical_axes)
 
     def _factoring(self, path: str, shape: tuple[int, ...]) -> tuple[tuple, tuple, tuple]:
         """Returns (averaged axes, rows, columns) of a parameter; no rows means it is unfactored."""

@@ -200,16 +200,6 @@ class DecoderOnlyModel(BaseTransformerModel):
         )
 
 
-def get_input_vocabulary(model: BaseTransformerModel) -> seqio.Vocabulary:
-    """Returns the model's input vocabulary."""
-    return model.input_vocabulary
-
-
-def get_output_vocabulary(model: BaseTransformerModel) -> seqio.Vocabulary:
-    """Returns the model's output vocabulary."""
-    return model.output_vocabulary
-
-
 def count_packed_examples(segment_ids: jax.Array) -> jax.Array:
     """Returns how many examples are packed in rows of segment ids [batch, length]; 0 is padding."""
     starts = jnp.diff(segment_ids, axis=1, prepend=0) != 0

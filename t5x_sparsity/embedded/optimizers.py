@@ -106,9 +106,12 @@ class Optimizer(struct.PyTreeNode):
         return self.replace(target=target, state=state)
 
 
-OptimizerType = Optimizer
-OptimizerStateType = OptimizerState | Mapping[str, Any]
-OptimizerDefType = OptimizerDef
+def with_axes(optimizer: Optimizer, param_states: PyTree, param_axes: PyTree) -> Optimizer:
+    """Returns `optimizer` with these logical axes for leaves; the step has none."""
+    target = serialization.from_state_dict(
+        optimizer.target, serialization.to_state_dict(param_axes)
+    )
+    return optimizer.replace(state=OptimizerState(None, param_states), target=target)
 
 
 @struct.dataclass
@@ -145,18 +148,9 @@ class OptaxWrapper(OptimizerDef):
 
     def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
         """Returns `optimizer` with logical axes for leaves, None where a leaf is not sharded."""
-        return Optimizer(
-            optimizer_def=optimizer.optimizer_def,
-            state=OptimizerState(
-                step=None,
-                param_states=match_param_axes(
-                    optimizer.state.param_states, optimizer.target, param_logical_axes
-                ),
-            ),
-            target=serialization.from_state_dict(
-                optimizer.target, serialization.to_state_dict(param_logical_axes)
-            ),
-        )
+        states = optimizer.state.param_states
+        states = match_param_axes(states, optimizer.target, param_logical_axes)
+        return with_axes(optimizer, states, param_logical_axes)
 
     def state_dict(self, target: PyTree, state: OptimizerState) -> dict[str, Any]:
         """Returns nested dicts of leaves, without subtrees that hold none (`optax.EmptyState`)."""
@@ -205,7 +199,7 @@ class MultiOptimizer(OptimizerDef):
 
     A parameter that no traversal finds is not trained, and has None in place of a state. The
     optimizers must lay out their states as the parameters, as Adafactor does; optax optimizers are
-    combined by `optax.multi_transform`, as on T5X. `hyper_params` is a list, one an optimizer.
+    combined by `optax.multi_transform`, as on T5X. `hyper_params` is a list, one per optimizer.
     """
 
     def __init__(
@@ -268,11 +262,7 @@ class MultiOptimizer(OptimizerDef):
                 Optimizer(optimizer_def=sub_optimizer, state=state, target=axes), axes
             )
             states |= flatten(derived.state.param_states)
-        return Optimizer(
-            optimizer_def=optimizer.optimizer_def,
-            state=OptimizerState(None, _laid_out(states, like=param_logical_axes)),
-            target=param_logical_axes,
-        )
+        return with_axes(optimizer, _laid_out(states, like=param_logical_axes), param_logical_axes)
 
     def _parts(self, tree: PyTree) -> list[tuple[OptimizerDef, list[str]]]:
         """Each optimizer with the paths of its parameters, of those in `tree`."""
@@ -284,7 +274,7 @@ class MultiOptimizer(OptimizerDef):
         if not isinstance(state.param_states, Mapping):
             raise ValueError(
                 f"MultiOptimizer can not hold the state of {type(optimizer).__name__}, which is "
-                "not laid out as the parameters, with one state a parameter. Adafactor's is; "
+                "not laid out as the parameters, with one state per parameter. Adafactor's is; "
                 "combine optax optimizers by optax.multi_transform in one OptaxWrapper."
             )
         return flatten(state.param_states)

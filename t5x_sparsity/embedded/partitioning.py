@@ -158,7 +158,7 @@ class PjitPartitioner:
     def get_data_layout(
         self, batch_size: int | None = None, host_index: int | None = None
     ) -> DataLayout:
-        """Returns the layout of a batch of `batch_size`, by default one example a part."""
+        """Returns the layout of a batch of `batch_size`, by default one example per part."""
         refuse("get_data_layout.host_index", host_index or 0, 0, "is one process")
         batch_size = batch_size or self.data_mesh_size
         if batch_size % self.data_mesh_size:

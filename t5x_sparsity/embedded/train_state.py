@@ -106,9 +106,6 @@ class FlaxOptimTrainState(struct.PyTreeNode):
         )
 
 
-TrainState = FlaxOptimTrainState
-
-
 def _check_axes(params: Mapping, axes: Mapping | None) -> None:
     if axes is None:
         return

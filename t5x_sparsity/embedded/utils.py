@@ -10,11 +10,10 @@ from typing import Any
 import flax.core
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from t5x_sparsity.embedded import checkpoints, data, train_state
+from t5x_sparsity.embedded import checkpoints, data, optimizers, train_state
 from t5x_sparsity.embedded.refusals import missing_from, refuse
 
 __getattr__ = missing_from(__name__)
@@ -25,6 +24,7 @@ get_training_eval_datasets = data.get_training_eval_datasets
 get_zeros_batch_like_dataset = data.get_zeros_batch_like_dataset
 verify_matching_vocabs = data.verify_matching_vocabs
 get_local_data = checkpoints.get_local_data
+flatten_dict_string_keys = optimizers.flatten
 
 _SAVE_DTYPES = (None, "float32", "bfloat16")
 _RESTORE_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -282,11 +282,6 @@ class TrainStateInitializer:
         return make(init_rng)
 
 
-def flatten_dict_string_keys(tree: Mapping) -> dict[str, Any]:
-    """A nested dict as one flat dict, the keys joined by '/'."""
-    return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
-
-
 def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any) -> None:
     """Write one line for each array of the state (name, size, shape, partition spec) to a file.
 
@@ -300,16 +295,13 @@ def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any
         leaf = shapes[name]
         if not hasattr(leaf, "shape"):
             continue
-        size = int(np.prod(leaf.shape, dtype=np.int64))
-        weights += size if name.startswith("target/") else 0
-        axes = logical.get(name)
-        if axes is not None and len(tuple(axes)) == len(leaf.shape):
-            pairs = zip(tuple(axes), leaf.shape, strict=True)
-            shape = "(" + ", ".join(f"{axis}={length}" for axis, length in pairs) + ")"
-        else:
-            shape = str(tuple(leaf.shape))
+        weights += leaf.size if name.startswith("target/") else 0
+        shape, axes = str(tuple(leaf.shape)), tuple(logical.get(name) or ())
+        if axes and len(axes) == len(leaf.shape):
+            named = (f"{axis}={length}" for axis, length in zip(axes, leaf.shape, strict=True))
+            shape = f"({', '.join(named)})"
         spec = None if placed.get(name) is None else tuple(placed[name])
-        lines.append(f"{name:<72} {size:>12} {shape:<40} {leaf.dtype} {spec}")
+        lines.append(f"{name:<72} {leaf.size:>12} {shape:<40} {leaf.dtype} {spec}")
     logging.info("The model has %s weights.", f"{weights:,}")
     if log_file is not None:
         with open(log_file, "w", encoding="utf-8") as out:

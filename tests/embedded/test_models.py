@@ -273,8 +273,9 @@ def test_what_the_models_refuse():
 def test_vocabularies_and_converters():
     model = decoder_model(decode_fn=None)
     assert model.FEATURE_CONVERTER_CLS is seqio.DecoderFeatureConverter
-    assert models.get_input_vocabulary(model) is VOCABULARY
-    assert models.get_output_vocabulary(model) is VOCABULARY
+    assert model.input_vocabulary is VOCABULARY and model.output_vocabulary is VOCABULARY
+    with pytest.raises(AttributeError, match="no 'get_output_vocabulary': .* Use T5X for it"):
+        models.get_output_vocabulary(model)
     other = decoder_model(feature_converter_cls=seqio.PrefixLMFeatureConverter)
     assert other.FEATURE_CONVERTER_CLS is seqio.PrefixLMFeatureConverter
     assert decoder_model().FEATURE_CONVERTER_CLS is seqio.DecoderFeatureConverter

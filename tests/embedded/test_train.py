@@ -177,7 +177,7 @@ def test_start_from_another_run(tmp_path, whole):
     got = micro.leaves(state)
     assert step == 0 == got["state/step"]
     np.testing.assert_array_equal(got["target/table"], whole[1]["target/table"])
-    # Six batches of the other run were passed over.
+    # Six batches of the other run were skipped.
     assert checkpoints.saved_batches(str(tmp_path / "b" / "checkpoint_0")) == 6
 
 
@@ -296,6 +296,13 @@ def test_bad_input_ends_the_run_before_it_compiles_or_writes(tmp_path, monkeypat
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         micro.run(tmp_path / "run", 4, **overrides())
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message = "jax.process_count() is 2, but the embedded host runs as one process: set it to 1, or"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        micro.run(tmp_path / "run", 4)
 
 
 @pytest.mark.parametrize(
