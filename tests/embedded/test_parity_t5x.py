@@ -269,7 +269,7 @@ def random_batch(seed, packed, weights):
     batch["decoder_loss_weights"] = {
         "tokens": real,
         "some": real * rng.integers(0, 2, shape),
-        "fractions": real * rng.random(shape),
+        "fractions": real * rng.uniform(0.1, 1.0, shape),
         "padding too": np.ones(shape),
     }[weights].astype(np.float32)
     return {k: jnp.asarray(v) for k, v in batch.items()}
@@ -290,8 +290,8 @@ def test_loss_weights_of_random_batches_are_those_of_t5x(packed, weights):
             expected = t5x_losses.get_loss_normalizing_factor_and_weights(factor, batch)
             assert (got[0] is None) == (expected[0] is None)
             if factor is not None:
-                np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
-            np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+                np.testing.assert_allclose(got[0], expected[0], rtol=2e-5)
+            np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
