@@ -4,6 +4,7 @@ The second moment of a matrix is kept as row and column means. A parameter with 
 (scanned layers) is factored, scaled and clipped slice by slice.
 """
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Mapping
@@ -11,10 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import serialization, struct, traverse_util
-from flax.core import FrozenDict, freeze, unfreeze
+from flax import struct
+from flax.core import FrozenDict, freeze
 
-from t5x_sparsity.embedded.optimizers import Optimizer, OptimizerDef, OptimizerState
+from t5x_sparsity.embedded.optimizers import (
+    Optimizer,
+    OptimizerDef,
+    OptimizerState,
+    flatten,
+    unflatten,
+    with_axes,
+)
 
 PyTree = Any
 
@@ -124,29 +132,12 @@ class Adafactor(OptimizerDef):
         if not isinstance(multiply_by_parameter_scale, bool):
             raise TypeError(
                 "Adafactor.multiply_by_parameter_scale must be True or False on the embedded host, "
-                f"got {type(multiply_by_parameter_scale).__name__}. A rule a parameter needs T5X."
+                f"got {type(multiply_by_parameter_scale).__name__}. For rules use T5X."
             )
+        given = locals()
         self.dtype_momentum = jnp.dtype(dtype_momentum)
-        super().__init__(
-            AdafactorHyperParams(
-                learning_rate=learning_rate,
-                factored=factored,
-                multiply_by_parameter_scale=multiply_by_parameter_scale,
-                beta1=beta1,
-                decay_rate=decay_rate,
-                step_offset=step_offset,
-                clipping_threshold=clipping_threshold,
-                weight_decay_rate=weight_decay_rate,
-                min_dim_size_to_factor=min_dim_size_to_factor,
-                epsilon1=epsilon1,
-                epsilon2=epsilon2,
-                logical_factor_rules=logical_factor_rules,
-                weight_decay_rate_lr_exponent=weight_decay_rate_lr_exponent,
-                global_norm_clip_threshold=global_norm_clip_threshold,
-                max_parameter_scale=max_parameter_scale,
-                skip_nan_updates=skip_nan_updates,
-            )
-        )
+        names = (field.name for field in dataclasses.fields(AdafactorHyperParams))
+        super().__init__(AdafactorHyperParams(**{n: given[n] for n in names if n in given}))
 
     def set_param_axes(self, param_logical_axes: PyTree) -> None:
         """Derives each parameter's factoring from its logical axes, if there are rules for them."""
@@ -155,14 +146,14 @@ class Adafactor(OptimizerDef):
             return
         factor_map = {
             path: _rule_of_axes(path, tuple(axes), rules)
-            for path, axes in _flatten(param_logical_axes).items()
+            for path, axes in flatten(param_logical_axes).items()
         }
         self.hyper_params = self.hyper_params.replace(factor_map=factor_map)
 
     def init_state(self, params: PyTree) -> OptimizerState:
         """Returns step 0 and an `AdafactorParamState` of zeros for each parameter."""
-        states = {path: self._init_param(path, p) for path, p in _flatten(params).items()}
-        return OptimizerState(jnp.zeros((), jnp.int32), _unflatten(states, like=params))
+        states = {path: self._init_param(path, p) for path, p in flatten(params).items()}
+        return OptimizerState(jnp.zeros((), jnp.int32), unflatten(states, like=params))
 
     def apply_gradient(
         self,
@@ -177,8 +168,8 @@ class Adafactor(OptimizerDef):
                 "Adafactor got no learning rate. Set Trainer.learning_rate_fn, which gives one for "
                 "each step, or Adafactor.learning_rate."
             )
-        flat_states = _flatten(state.param_states)
-        flat_grads = _flatten(grads)
+        flat_states = flatten(state.param_states)
+        flat_grads = flatten(grads)
         limit = hyper_params.global_norm_clip_threshold
         if limit:
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flat_grads.values()))
@@ -186,12 +177,12 @@ class Adafactor(OptimizerDef):
             flat_grads = {path: g * scale for path, g in flat_grads.items()}
 
         new_params, new_states = {}, {}
-        for path, param in _flatten(params).items():
+        for path, param in flatten(params).items():
             new_params[path], new_states[path] = self._update_param(
                 hyper_params, path, param, flat_states[path], flat_grads[path], state.step
             )
-        return _unflatten(new_params, like=params), OptimizerState(
-            state.step + 1, _unflatten(new_states, like=params)
+        return unflatten(new_params, like=params), OptimizerState(
+            state.step + 1, unflatten(new_states, like=params)
         )
 
     def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
@@ -200,7 +191,7 @@ class Adafactor(OptimizerDef):
         `v` and `m` have the parameter's; row and column means are small, and replicated: None.
         """
         has_momentum = self.hyper_params.beta1 is not None
-        slots = _flatten(optimizer.state.param_states)
+        slots = flatten(optimizer.state.param_states)
         states = {
             path: AdafactorParamState(
                 v_row=None,
@@ -208,17 +199,10 @@ class Adafactor(OptimizerDef):
                 v=axes if slots[path].v.shape != (1,) else None,
                 m=axes if has_momentum else None,
             )
-            for path, axes in _flatten(param_logical_axes).items()
+            for path, axes in flatten(param_logical_axes).items()
         }
-        return Optimizer(
-            optimizer_def=optimizer.optimizer_def,
-            state=OptimizerState(
-                step=None, param_states=_unflatten(states, like=optimizer.state.param_states)
-            ),
-            target=serialization.from_state_dict(
-                optimizer.target, serialization.to_state_dict(param_logical_axes)
-            ),
-        )
+        states = unflatten(states, like=optimizer.state.param_states)
+        return with_axes(optimizer, states, param_logical_axes)
 
     def _factoring(self, path: str, shape: tuple[int, ...]) -> tuple[tuple, tuple, tuple]:
         """Returns (averaged axes, rows, columns) of a parameter; no rows means it is unfactored."""
@@ -354,12 +338,3 @@ def _rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def _shape_without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
-
-
-def _flatten(tree: PyTree) -> dict[str, Any]:
-    return traverse_util.flatten_dict(unfreeze(tree), sep="/")
-
-
-def _unflatten(flat: dict[str, Any], like: PyTree) -> PyTree:
-    tree = traverse_util.unflatten_dict(flat, sep="/")
-    return freeze(tree) if isinstance(like, FrozenDict) else tree

@@ -244,7 +244,7 @@ class OrbaxCheckpointManagerInterface:
             )
         return self._manager
 
-    def save(self, train_state: Any, state_transformation_fns: Sequence[Callable] = ()) -> bool:
+    def save(self, train_state: Any) -> bool:
         """Save `train_state` under its step; False if that step is saved already.
 
         Returns once the arrays are copied to host memory, so that they may be donated; the writing
@@ -253,12 +253,8 @@ class OrbaxCheckpointManagerInterface:
         step = int(np.asarray(get_local_data(train_state.step)))
         if step in self._saved.all_steps():
             return False
-        state = train_state.state_dict()
-        infos = self._partitioner.get_mesh_axes(self._train_state).state_dict()
-        for transform in state_transformation_fns:
-            state, infos = transform(state, infos)
         # None and empty nodes can't be read back; restore takes them from the model instead.
-        leaves = _leaves(state)
+        leaves = _leaves(train_state.state_dict())
         args = {
             name: ocp.SaveArgs(dtype=self._save_dtype if _is_weight(name, leaf) else None)
             for name, leaf in leaves.items()

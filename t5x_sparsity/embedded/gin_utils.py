@@ -1,4 +1,4 @@
-"""Gin configuration from the command line, and its record beside the run."""
+"""Gin configuration from the command line, and its record next to the run."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class TokenEmbedding(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned attention bias a head and distance: `rel_embedding` (heads, 32 buckets)."""
+    """A learned attention bias per head and distance: `rel_embedding` (heads, 32 buckets)."""
 
     num_heads: int
     dtype: Any
@@ -326,11 +326,9 @@ class Stack(nn.Module):
         return Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense")(x)
 
 
-def pair_mask(
-    queries: jax.Array, keys: jax.Array, allowed: Callable = jnp.logical_and
-) -> jax.Array:
-    """Returns the mask [batch, 1, queries, keys] of what `allowed` says of each pair."""
-    return allowed(queries[:, None, :, None], keys[:, None, None, :])
+# (queries [batch, q], keys [batch, k], function of each pair: by default both) -> the mask, bool
+# [batch, 1, q, k].
+pair_mask = functools.partial(nn.make_attention_mask, dtype=bool)
 
 
 def decoder_mask(

@@ -14,7 +14,8 @@ class SpecialLossNormalizingFactor(enum.Enum):
     NUM_REAL_TARGET_TOKENS: the sum of the loss weights.
     NUM_TOTAL_TARGET_TOKENS: the number of target positions, padding included.
     AVERAGE_PER_SEQUENCE: first each example's loss by its weights, then the sum by the number of
-        examples, packed or not: every example counts alike, whatever its length.
+        examples, packed or not: every example counts alike, whatever its length. Padding is where
+        `decoder_segment_ids` are 0; it doesn't count, whatever its weights.
     """
 
     NUM_REAL_TARGET_TOKENS = 1
@@ -99,7 +100,8 @@ def get_loss_normalizing_factor_and_weights(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if "decoder_segment_ids" in batch:
         segments = batch["decoder_segment_ids"]
-        same = segments[:, :, None] == segments[:, None, :]
+        # Padding, segment 0, is no example: its weights become 0, whatever they were.
+        same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] != 0)
         total = jnp.einsum("bts,bs->bt", same.astype(weights.dtype), weights)
     weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
     return jnp.sum(weights), weights

@@ -1,10 +1,11 @@
-"""Metrics that T5X adds to CLU's: totals, averages a step, and rates over the time a period took.
+"""Metrics that T5X adds to CLU's: totals, averages per step, and rates over a period's duration.
 
-Time is not known inside a compiled step, so that the trainer sets durations, and numbers of steps,
-on the host before it computes a metric.
+Time is not known inside a compiled step: the trainer sets durations, and numbers of steps, on the
+host before it computes a metric.
 """
 
-from collections.abc import Mapping, MutableMapping
+import dataclasses
+from collections.abc import MutableMapping
 from typing import Any
 
 import jax
@@ -16,20 +17,25 @@ MetricsMap = MutableMapping[str, clu_metrics.Metric]
 Scalar = Any
 
 
+class _Additive(clu_metrics.Metric):
+    """A metric whose fields add up, but for a duration."""
+
+    def merge(self, other: "_Additive") -> "_Additive":
+        """Returns the metric over both; its duration is unset."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
 @struct.dataclass
-class Sum(clu_metrics.Metric):
+class Sum(_Additive):
     """The sum of all values."""
 
-    total: Scalar
+    total: Scalar = 0
 
     @classmethod
-    def from_model_output(cls, values: Scalar, **_: Any) -> "Sum":
-        """Returns the metric of one value or an array of them."""
-        return cls(total=jnp.sum(jnp.asarray(values)))
-
-    def merge(self, other: "Sum") -> "Sum":
-        """Returns the sum of both."""
-        return type(self)(total=self.total + other.total)
+    def from_model_output(cls, values: Scalar, **kwargs: Any) -> "Sum":
+        """Returns the metric of one value or an array of them; `kwargs` are other fields."""
+        return cls(total=jnp.sum(jnp.asarray(values)), **kwargs)
 
     def compute(self) -> jax.Array:
         """Returns the total."""
@@ -37,7 +43,7 @@ class Sum(clu_metrics.Metric):
 
 
 @struct.dataclass
-class Step(clu_metrics.Metric):
+class Step(_Additive):
     """A metric that counts steps; with microbatches the trainer must set the number."""
 
     steps: Scalar = 1
@@ -48,19 +54,8 @@ class Step(clu_metrics.Metric):
 
 
 @struct.dataclass
-class AveragePerStep(Step):
+class AveragePerStep(Step, Sum):
     """The sum of all values, over the number of steps."""
-
-    total: Scalar = 0
-
-    @classmethod
-    def from_model_output(cls, values: Scalar, steps: Scalar = 1, **_: Any) -> "AveragePerStep":
-        """Returns the metric of one value or an array of them, which took `steps` steps."""
-        return cls(total=jnp.sum(jnp.asarray(values)), steps=steps)
-
-    def merge(self, other: "AveragePerStep") -> "AveragePerStep":
-        """Returns the metric over both."""
-        return type(self)(total=self.total + other.total, steps=self.steps + other.steps)
 
     def compute(self) -> jax.Array:
         """Returns the average."""
@@ -68,14 +63,10 @@ class AveragePerStep(Step):
 
 
 @struct.dataclass
-class Time(clu_metrics.Metric):
+class Time(_Additive):
     """The seconds that a period took, which must be set before `compute`."""
 
     duration: Scalar = None
-
-    def merge(self, other: "Time") -> "Time":
-        """Returns self: the period is the same."""
-        return self
 
     def replace_duration(self, duration: Scalar) -> "Time":
         """Returns the metric with its duration in seconds set."""
@@ -83,20 +74,17 @@ class Time(clu_metrics.Metric):
 
     def compute(self) -> jax.Array:
         """Returns the seconds."""
-        return jnp.asarray(self._seconds())
-
-    def _seconds(self) -> Scalar:
         if self.duration is None:
             raise ValueError(
                 f"{type(self).__name__} has no duration yet: call replace_duration(seconds) on the "
                 "host before compute()."
             )
-        return self.duration
+        return jnp.asarray(self.duration)
 
 
 @struct.dataclass
 class TimeRate(Time):
-    """The sum of all values, a second."""
+    """The sum of all values, per second."""
 
     numerator: Scalar = 0
 
@@ -105,61 +93,31 @@ class TimeRate(Time):
         """Returns the metric of one value."""
         return cls(numerator=numerator)
 
-    def merge(self, other: "TimeRate") -> "TimeRate":
-        """Returns the metric over both; its duration is unset."""
-        return type(self)(numerator=self.numerator + other.numerator)
-
     def compute(self) -> jax.Array:
         """Returns the rate."""
-        return self.numerator / jnp.asarray(self._seconds())
+        return self.numerator / super().compute()
 
 
 @struct.dataclass
 class StepsPerTime(Step, Time):
-    """The number of steps, a second."""
+    """The number of steps, per second."""
 
     @classmethod
     def from_model_output(cls, steps: Scalar = 1, **_: Any) -> "StepsPerTime":
         """Returns the metric of `steps` steps."""
         return cls(steps=steps)
 
-    def merge(self, other: "StepsPerTime") -> "StepsPerTime":
-        """Returns the metric over both; its duration is unset."""
-        return type(self)(steps=self.steps + other.steps)
-
     def compute(self) -> jax.Array:
         """Returns the rate."""
-        return self.steps / jnp.asarray(self._seconds())
+        return self.steps / super().compute()
 
 
-def is_metric_obj(obj: Any) -> bool:
-    """Says whether `obj` is a CLU metric."""
-    return isinstance(obj, clu_metrics.Metric)
+def complete(metrics: Any, duration: Scalar, num_steps: Scalar) -> Any:
+    """Returns `metrics`, a pytree, with the duration in seconds and the number of steps set."""
 
+    def completed(metric):
+        if isinstance(metric, Time):
+            metric = metric.replace_duration(duration)
+        return metric.replace_steps(num_steps) if isinstance(metric, Step) else metric
 
-def is_time_metric(obj: Any) -> bool:
-    """Says whether `obj` needs a duration."""
-    return isinstance(obj, Time)
-
-
-def create_metrics_dict(float_metrics_dict: Mapping[str, Scalar]) -> dict[str, Sum]:
-    """Returns a `Sum` of each value."""
-    return {name: Sum(value) for name, value in float_metrics_dict.items()}
-
-
-def set_time_metrics_duration(metrics: Any, duration: Scalar) -> Any:
-    """Returns `metrics`, a pytree, with the duration in seconds of each time metric set."""
-    return jax.tree.map(
-        lambda m: m.replace_duration(duration) if is_time_metric(m) else m,
-        metrics,
-        is_leaf=is_metric_obj,
-    )
-
-
-def set_step_metrics_num_steps(metrics: Any, num_steps: Scalar) -> Any:
-    """Returns `metrics`, a pytree, with the number of steps of each step metric set."""
-    return jax.tree.map(
-        lambda m: m.replace_steps(num_steps) if isinstance(m, Step) else m,
-        metrics,
-        is_leaf=is_metric_obj,
-    )
+    return jax.tree.map(completed, metrics, is_leaf=lambda x: isinstance(x, clu_metrics.Metric))

@@ -78,8 +78,7 @@ class MetricsManager:
         def summarize():
             fetched = jax.device_get(metrics)
             duration = time.monotonic() - self._started
-            fetched = metrics_lib.set_time_metrics_duration(fetched, duration)
-            fetched = metrics_lib.set_step_metrics_num_steps(fetched, num_steps)
+            fetched = metrics_lib.complete(fetched, duration, num_steps)
             values = {name: metric.compute_value() for name, metric in fetched.items()}
             self.latest.update(values)
             metric_writers.write_values(self._writer, step, values)

@@ -15,6 +15,9 @@ from flax.core import FrozenDict, freeze
 
 from t5x_sparsity.embedded import losses, optimizers
 from t5x_sparsity.embedded import metrics as metrics_lib
+from t5x_sparsity.embedded.refusals import missing_from
+
+__getattr__ = missing_from(__name__)
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -27,7 +30,8 @@ class BaseTransformerModel:
     z_loss: coefficient of the square of the softmax's log normaliser, added to the loss.
     loss_normalizing_factor: a number, None for a plain sum over tokens, or a
         `losses.SpecialLossNormalizingFactor` or its name.
-    decode_fn: kept for T5X's sake, and not used.
+    feature_converter_cls: how seqio makes features of examples; None takes the class's own.
+    decode_fn: accepted for T5X's sake, and not used.
     """
 
     FEATURE_CONVERTER_CLS: Callable[..., seqio.FeatureConverter]
@@ -39,11 +43,14 @@ class BaseTransformerModel:
         output_vocabulary: seqio.Vocabulary,
         optimizer_def: optimizers.OptimizerDef,
         decode_fn: Callable | None = None,
+        feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         loss_normalizing_factor: losses.LossNormalizingFactor = None,
     ):
         """Keeps the arguments, see the class."""
+        if feature_converter_cls is not None:
+            self.FEATURE_CONVERTER_CLS = feature_converter_cls
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(
                 f"{type(self).__name__}.label_smoothing must be at least 0 and below 1, got "
@@ -112,7 +119,7 @@ class BaseTransformerModel:
         """Raises a NotImplementedError: the embedded host does not decode."""
         raise NotImplementedError(
             f"{type(self).__name__} of the embedded host can not predict: it trains and evaluates "
-            "with teacher forcing only. Use T5X to infer from this checkpoint."
+            "with teacher forcing only. Use T5X for it, on this checkpoint."
         )
 
     def _compute_logits(
@@ -136,32 +143,6 @@ class EncoderDecoderModel(BaseTransformerModel):
     """A model of targets given inputs."""
 
     FEATURE_CONVERTER_CLS = seqio.EncDecFeatureConverter
-
-    def __init__(
-        self,
-        module: nn.Module,
-        input_vocabulary: seqio.Vocabulary,
-        output_vocabulary: seqio.Vocabulary,
-        optimizer_def: optimizers.OptimizerDef,
-        decode_fn: Callable | None = None,
-        feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        loss_normalizing_factor: losses.LossNormalizingFactor = None,
-    ):
-        """Keeps the arguments, see the base class."""
-        if feature_converter_cls is not None:
-            self.FEATURE_CONVERTER_CLS = feature_converter_cls
-        super().__init__(
-            module,
-            input_vocabulary,
-            output_vocabulary,
-            optimizer_def,
-            decode_fn=decode_fn,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            loss_normalizing_factor=loss_normalizing_factor,
-        )
 
     def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
         return method(
@@ -192,25 +173,11 @@ class DecoderOnlyModel(BaseTransformerModel):
         optimizer_def: optimizers.OptimizerDef,
         decode_fn: Callable | None = None,
         inputs_bidirectional_attention: bool = False,
-        feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        loss_normalizing_factor: losses.LossNormalizingFactor = None,
+        **kwargs: Any,
     ):
-        """Keeps the arguments, see the base class."""
-        if feature_converter_cls is not None:
-            self.FEATURE_CONVERTER_CLS = feature_converter_cls
+        """Keeps the arguments; `kwargs` are those of the base class."""
         self._inputs_bidirectional_attention = inputs_bidirectional_attention
-        super().__init__(
-            module,
-            vocabulary,
-            vocabulary,
-            optimizer_def,
-            decode_fn=decode_fn,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            loss_normalizing_factor=loss_normalizing_factor,
-        )
+        super().__init__(module, vocabulary, vocabulary, optimizer_def, decode_fn, **kwargs)
 
     def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
         bidirectional = None
@@ -231,16 +198,6 @@ class DecoderOnlyModel(BaseTransformerModel):
             decoder_causal_attention=bidirectional,
             **kwargs,
         )
-
-
-def get_input_vocabulary(model: BaseTransformerModel) -> seqio.Vocabulary:
-    """Returns the model's input vocabulary."""
-    return model.input_vocabulary
-
-
-def get_output_vocabulary(model: BaseTransformerModel) -> seqio.Vocabulary:
-    """Returns the model's output vocabulary."""
-    return model.output_vocabulary
 
 
 def count_packed_examples(segment_ids: jax.Array) -> jax.Array:

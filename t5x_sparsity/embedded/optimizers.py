@@ -15,6 +15,10 @@ import optax
 from flax import serialization, struct, traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 
+from t5x_sparsity.embedded.refusals import missing_from
+
+__getattr__ = missing_from(__name__)
+
 PyTree = Any
 
 
@@ -102,9 +106,12 @@ class Optimizer(struct.PyTreeNode):
         return self.replace(target=target, state=state)
 
 
-OptimizerType = Optimizer
-OptimizerStateType = OptimizerState | Mapping[str, Any]
-OptimizerDefType = OptimizerDef
+def with_axes(optimizer: Optimizer, param_states: PyTree, param_axes: PyTree) -> Optimizer:
+    """Returns `optimizer` with these logical axes for leaves; the step has none."""
+    target = serialization.from_state_dict(
+        optimizer.target, serialization.to_state_dict(param_axes)
+    )
+    return optimizer.replace(state=OptimizerState(None, param_states), target=target)
 
 
 @struct.dataclass
@@ -141,18 +148,9 @@ class OptaxWrapper(OptimizerDef):
 
     def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
         """Returns `optimizer` with logical axes for leaves, None where a leaf is not sharded."""
-        return Optimizer(
-            optimizer_def=optimizer.optimizer_def,
-            state=OptimizerState(
-                step=None,
-                param_states=match_param_axes(
-                    optimizer.state.param_states, optimizer.target, param_logical_axes
-                ),
-            ),
-            target=serialization.from_state_dict(
-                optimizer.target, serialization.to_state_dict(param_logical_axes)
-            ),
-        )
+        states = optimizer.state.param_states
+        states = match_param_axes(states, optimizer.target, param_logical_axes)
+        return with_axes(optimizer, states, param_logical_axes)
 
     def state_dict(self, target: PyTree, state: OptimizerState) -> dict[str, Any]:
         """Returns nested dicts of leaves, without subtrees that hold none (`optax.EmptyState`)."""
@@ -163,9 +161,10 @@ class OptaxWrapper(OptimizerDef):
         self, opt_target: PyTree, opt_state: OptimizerState, state_dict: Mapping[str, Any]
     ) -> tuple[PyTree, OptimizerState]:
         """As the base, with the empty subtrees put back; a missing leaf is a ValueError."""
-        flatten = functools.partial(traverse_util.flatten_dict, keep_empty_nodes=True, sep="/")
-        expected = flatten(serialization.to_state_dict(opt_state))
-        given = traverse_util.flatten_dict(state_dict["state"], sep="/")
+        expected = traverse_util.flatten_dict(
+            serialization.to_state_dict(opt_state), keep_empty_nodes=True, sep="/"
+        )
+        given = flatten(state_dict["state"])
         missing = [
             path
             for path, leaf in expected.items()
@@ -184,12 +183,23 @@ class OptaxWrapper(OptimizerDef):
         )
 
 
+def _subtree(tree: PyTree, paths: Sequence[str]) -> PyTree:
+    """The nested dict of these paths alone, frozen where `tree` is."""
+    flat = flatten(tree)
+    return unflatten({p: flat[p] for p in paths}, like=tree)
+
+
+def _laid_out(flat: Mapping[str, Any], like: PyTree) -> PyTree:
+    """The tree `like`, with what `flat` has in place of its leaves, and None where it has none."""
+    return unflatten({p: flat.get(p) for p in flatten(like)}, like)
+
+
 class MultiOptimizer(OptimizerDef):
     """Optimizers of their own for parts of the parameters.
 
     A parameter that no traversal finds is not trained, and has None in place of a state. The
     optimizers must lay out their states as the parameters, as Adafactor does; optax optimizers are
-    combined by `optax.multi_transform`, as on T5X. `hyper_params` is a list, one an optimizer.
+    combined by `optax.multi_transform`, as on T5X. `hyper_params` is a list, one per optimizer.
     """
 
     def __init__(
@@ -228,7 +238,7 @@ class MultiOptimizer(OptimizerDef):
         self, hyper_params: Sequence[Any], params: PyTree, state: OptimizerState, grads: PyTree
     ) -> tuple[PyTree, OptimizerState]:
         """Returns the updated parameters and state; what no optimizer has stays as it is."""
-        new_params, new_states = _flatten(params), {}
+        new_params, new_states = flatten(params), {}
         for (optimizer, paths), hp in zip(self._parts(params), hyper_params, strict=True):
             own, own_state = optimizer.apply_gradient(
                 hp,
@@ -236,7 +246,7 @@ class MultiOptimizer(OptimizerDef):
                 OptimizerState(state.step, _subtree(state.param_states, paths)),
                 _subtree(grads, paths),
             )
-            new_params |= _flatten(own)
+            new_params |= flatten(own)
             new_states |= self._flat_states(optimizer, own_state)
         return _laid_out(new_params, like=params), OptimizerState(
             state.step + 1, _laid_out(new_states, like=params)
@@ -251,16 +261,12 @@ class MultiOptimizer(OptimizerDef):
             derived = sub_optimizer.derive_logical_axes(
                 Optimizer(optimizer_def=sub_optimizer, state=state, target=axes), axes
             )
-            states |= _flatten(derived.state.param_states)
-        return Optimizer(
-            optimizer_def=optimizer.optimizer_def,
-            state=OptimizerState(None, _laid_out(states, like=param_logical_axes)),
-            target=param_logical_axes,
-        )
+            states |= flatten(derived.state.param_states)
+        return with_axes(optimizer, _laid_out(states, like=param_logical_axes), param_logical_axes)
 
     def _parts(self, tree: PyTree) -> list[tuple[OptimizerDef, list[str]]]:
         """Each optimizer with the paths of its parameters, of those in `tree`."""
-        paths = traverse_util.unflatten_dict({p: p for p in _flatten(tree)}, sep="/")
+        paths = traverse_util.unflatten_dict({p: p for p in flatten(tree)}, sep="/")
         found = [list(traversal.iterate(paths)) for traversal in self.traversals]
         return list(zip(self.sub_optimizers, found, strict=True))
 
@@ -268,27 +274,21 @@ class MultiOptimizer(OptimizerDef):
         if not isinstance(state.param_states, Mapping):
             raise ValueError(
                 f"MultiOptimizer can not hold the state of {type(optimizer).__name__}, which is "
-                "not laid out as the parameters, with one state a parameter. Adafactor's is; "
+                "not laid out as the parameters, with one state per parameter. Adafactor's is; "
                 "combine optax optimizers by optax.multi_transform in one OptaxWrapper."
             )
-        return _flatten(state.param_states)
+        return flatten(state.param_states)
 
 
-def _flatten(tree: PyTree) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of nested dicts by path, keys joined by '/'."""
     return traverse_util.flatten_dict(unfreeze(tree), sep="/")
 
 
-def _subtree(tree: PyTree, paths: Sequence[str]) -> PyTree:
-    """The nested dict of these paths alone, frozen where `tree` is."""
-    flat = _flatten(tree)
-    part = traverse_util.unflatten_dict({p: flat[p] for p in paths}, sep="/")
-    return freeze(part) if isinstance(tree, FrozenDict) else part
-
-
-def _laid_out(flat: Mapping[str, Any], like: PyTree) -> PyTree:
-    """The tree `like`, with what `flat` has in place of its leaves, and None where it has none."""
-    full = traverse_util.unflatten_dict({p: flat.get(p) for p in _flatten(like)}, sep="/")
-    return freeze(full) if isinstance(like, FrozenDict) else full
+def unflatten(flat: Mapping[str, Any], like: PyTree) -> PyTree:
+    """Returns nested dicts of these leaves, frozen where `like` is."""
+    tree = traverse_util.unflatten_dict(dict(flat), sep="/")
+    return freeze(tree) if isinstance(like, FrozenDict) else tree
 
 
 def match_param_axes(state: PyTree, params: PyTree, param_axes: PyTree) -> PyTree:
@@ -297,35 +297,16 @@ def match_param_axes(state: PyTree, params: PyTree, param_axes: PyTree) -> PyTre
     A leaf belongs to a parameter when its key path ends in the parameter's path (the longest such
     wins) and its shape is the parameter's: so counts, keys and factored moments get None.
     """
-    axes = {
-        tuple(path.split("/")): value
-        for path, value in traverse_util.flatten_dict(
-            serialization.to_state_dict(param_axes), sep="/"
-        ).items()
-    }
-    shapes = {
-        tuple(path.split("/")): leaf.shape
-        for path, leaf in traverse_util.flatten_dict(
-            serialization.to_state_dict(params), sep="/"
-        ).items()
-    }
+    axes = flatten(serialization.to_state_dict(param_axes))
+    shapes = {p: x.shape for p, x in flatten(serialization.to_state_dict(params)).items()}
 
     def axes_of(key_path, leaf):
-        names = tuple(_key_name(key) for key in key_path)
-        for start in range(len(names)):
-            path = names[start:]
-            if path in axes and shapes.get(path) == getattr(leaf, "shape", None):
-                return axes[path]
-        return None
+        names = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
+        paths = ("/".join(names[start:]) for start in range(len(names)))
+        shape = getattr(leaf, "shape", None)
+        return next((axes[p] for p in paths if p in axes and shapes[p] == shape), None)
 
     return jax.tree_util.tree_map_with_path(axes_of, state)
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _without_empty(tree: Any) -> Any:

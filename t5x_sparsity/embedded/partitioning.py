@@ -16,7 +16,10 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from t5x_sparsity.embedded.refusals import missing_from, refuse
 from t5x_sparsity.embedded.train_state import FlaxOptimTrainState
+
+__getattr__ = missing_from(__name__)
 
 LogicalAxisRules = Sequence[tuple[str, str | None]]
 PyTree = Any
@@ -155,12 +158,8 @@ class PjitPartitioner:
     def get_data_layout(
         self, batch_size: int | None = None, host_index: int | None = None
     ) -> DataLayout:
-        """Returns the layout of a batch of `batch_size`, by default one example a part."""
-        if host_index not in (None, 0):
-            raise ValueError(
-                f"get_data_layout got host_index = {host_index}, but the embedded host is one "
-                "process: leave it out."
-            )
+        """Returns the layout of a batch of `batch_size`, by default one example per part."""
+        refuse("get_data_layout.host_index", host_index or 0, 0, "is one process")
         batch_size = batch_size or self.data_mesh_size
         if batch_size % self.data_mesh_size:
             raise ValueError(

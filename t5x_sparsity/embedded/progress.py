@@ -9,7 +9,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import rich.console
@@ -38,35 +38,8 @@ def without_orbax_notes() -> Iterator[None]:
         handler.removeFilter(notes)
 
 
-class _Counted(Iterator):
-    """An iterator that tells how many items it has given."""
-
-    def __init__(self, source: Iterator, tell: Callable[[], None]):
-        self._source, self._tell = source, tell
-
-    def __next__(self) -> Any:
-        item = next(self._source)
-        self._tell()
-        return item
-
-
-class _ConsoleStream:
-    """A file that prints above the live bar."""
-
-    def __init__(self, console: rich.console.Console):
-        self._console = console
-
-    def write(self, text: str) -> int:
-        if text.strip("\n"):
-            self._console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
-        return len(text)
-
-    def flush(self) -> None:
-        self._console.file.flush()
-
-
 class Progress:
-    """Step, loss, sparsity, steps a second and time left; never reads the devices.
+    """Step, loss, sparsity, steps per second and time left; never reads the devices.
 
     It counts the batches that the trainer takes, and learns the metrics of a stats period when
     their summary is ready, in its own thread. As a context manager it shows the bar, with absl's
@@ -111,8 +84,8 @@ class Progress:
             )
             self._bar.start()
             handler = logging.get_absl_handler().python_handler
-            self._stream = handler.stream
-            handler.stream = _ConsoleStream(self._console)
+            # What the bar makes of standard error prints above it.
+            self._stream, handler.stream = handler.stream, sys.stderr
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -124,7 +97,9 @@ class Progress:
 
     def count(self, batches: Iterator) -> Iterator:
         """The same batches; each one taken counts as a step."""
-        return _Counted(batches, self._advance)
+        for batch in batches:
+            self._advance()
+            yield batch
 
     def watch(self, step: int, summary: Any) -> None:
         """Report the metrics of the stats period that ends at `step` once they are ready.

@@ -6,28 +6,22 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 from absl import logging
 
 from t5x_sparsity.embedded import checkpoints, utils
 
 
-def check_host(infer_eval_dataset_cfg: Any, use_orbax: bool) -> None:
-    """Raise a ValueError for what T5X can do and the embedded host can't."""
-    if infer_eval_dataset_cfg is not None:
+def check_periods(stats: int | None, evaluate: int | None, save: int | None) -> None:
+    """Raise a ValueError for a negative period, or where the longer is no multiple of the other."""
+    periods = {"train.eval_period": evaluate, "utils.SaveCheckpointConfig.period": save}
+    for name, period in {"train.stats_period": stats, **periods}.items():
+        if period is not None and period < 0:
+            raise ValueError(f"{name} is {period}; it must be a number of steps, or None.")
+    if evaluate and save and max(evaluate, save) % min(evaluate, save):
+        given = ", ".join(f"{name} = {period}" for name, period in periods.items())
         raise ValueError(
-            "train.infer_eval_dataset_cfg is set, but the embedded host doesn't decode. Set it to "
-            "None, or train with T5X."
-        )
-    if not use_orbax:
-        raise ValueError(
-            "train.use_orbax is False, but the embedded host writes Orbax checkpoints only. Set it "
-            "to True."
-        )
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"The embedded host runs as one process, and this is one of {jax.process_count()}. "
-            "Train on several hosts with T5X."
+            f"The periods must all be multiples of the shortest of them, {min(evaluate, save)}, "
+            f"but they are {given}. Change one of them."
         )
 
 
@@ -82,7 +76,7 @@ class Source:
     Attributes:
       path: the checkpoint's folder.
       plan: which of its arrays goes to which leaf.
-      batches: how many training batches to pass over.
+      batches: how many training batches to skip.
       dtype: the type to read weights as; None: the model's.
       fallback_to_scratch: whether leaves that the plan lacks are initialized.
     """
@@ -100,50 +94,52 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
     Raises:
       ValueError: it doesn't fit `train_state`, or what `cfg.restore` names doesn't exist.
     """
-    expected = train_state.state_dict()
     restore = cfg.restore or utils.RestoreCheckpointConfig()
     step = checkpoints.latest_step(model_dir)
-    if step is not None:
+    is_resuming = step is not None
+    if is_resuming:
         path = checkpoints.checkpoint_path(model_dir, step)
         with_dataset = bool(cfg.save and cfg.save.save_dataset)
-        return Source(
-            path=path,
-            plan=checkpoints.plan_restore(
-                path, expected, restore.transformations, is_resuming=True
-            ),
-            batches=_batches(path) if with_dataset else 0,
-            dtype=cfg.save.dtype if cfg.save else "float32",
-            fallback_to_scratch=False,
-        )
-    if not restore.path:
+        dtype = cfg.save.dtype if cfg.save else "float32"
+    elif restore.path:
+        path = _initial_checkpoint(restore)
+        logging.info("Starting from %s.", path)
+        with_dataset, dtype = restore.restore_dataset, restore.dtype
+    else:
         return None
-    path = os.path.abspath(os.path.expanduser(restore.path))
-    if restore.mode == "latest":
-        if not os.path.isdir(path):
-            raise ValueError(
-                f"utils.RestoreCheckpointConfig.path is {path}, which is no folder. Set the folder "
-                "that holds checkpoint_<step>, or mode = 'specific' for one checkpoint."
-            )
-        step = checkpoints.latest_step(path)
-        if step is None:
-            raise ValueError(
-                f"utils.RestoreCheckpointConfig.path is {path}, which holds no checkpoint_<step>. "
-                "Set the folder of a run, or path = [] to start from scratch."
-            )
-        path = checkpoints.checkpoint_path(path, step)
-    logging.info("Starting from %s.", path)
+    fallback_to_scratch = restore.fallback_to_scratch and not is_resuming
+    plan = checkpoints.plan_restore(
+        path,
+        train_state.state_dict(),
+        restore.transformations,
+        is_resuming=is_resuming,
+        fallback_to_scratch=fallback_to_scratch,
+    )
     return Source(
         path=path,
-        plan=checkpoints.plan_restore(
-            path,
-            expected,
-            restore.transformations,
-            fallback_to_scratch=restore.fallback_to_scratch,
-        ),
-        batches=_batches(path) if restore.restore_dataset else 0,
-        dtype=restore.dtype,
-        fallback_to_scratch=restore.fallback_to_scratch,
+        plan=plan,
+        batches=_batches(path) if with_dataset else 0,
+        dtype=dtype,
+        fallback_to_scratch=fallback_to_scratch,
     )
+
+
+def _initial_checkpoint(restore: utils.RestoreCheckpointConfig) -> str:
+    path = os.path.abspath(os.path.expanduser(restore.path))
+    if restore.mode == "specific":
+        return path
+    if not os.path.isdir(path):
+        raise ValueError(
+            f"utils.RestoreCheckpointConfig.path is {path}, which is no folder. Set the folder "
+            "that holds checkpoint_<step>, or mode = 'specific' for one checkpoint."
+        )
+    step = checkpoints.latest_step(path)
+    if step is None:
+        raise ValueError(
+            f"utils.RestoreCheckpointConfig.path is {path}, which holds no checkpoint_<step>. "
+            "Set the folder of a run, or path = [] to start from scratch."
+        )
+    return checkpoints.checkpoint_path(path, step)
 
 
 def _batches(path: str) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
 
-from t5x_sparsity.embedded import data, gin_utils, periods, progress, startup, trainer, utils
+from t5x_sparsity.embedded import data, gin_utils, progress, startup, trainer, utils
+from t5x_sparsity.embedded.refusals import refuse
 
 
 def train(
@@ -24,7 +24,7 @@ def train(
     infer_eval_dataset_cfg: None,
     checkpoint_cfg: utils.CheckpointConfig,
     partitioner: Any,
-    trainer_cls: trainer.BaseTrainerConstructor,
+    trainer_cls: Callable[..., trainer.BaseTrainer],
     model_dir: str,
     total_steps: int,
     eval_steps: int,
@@ -73,7 +73,7 @@ def train(
       train_state_initializer_cls: makes the initial state.
       use_orbax: must be True.
       verify_matching_vocabs_fn: called with (dataset configuration, model); None: no check.
-      gc_period: steps between runs of Python's garbage collector; 0 leaves it to itself.
+      gc_period: must be 0: Python's garbage collector is left to itself.
 
     Returns:
       The last step and the train state after it.
@@ -84,18 +84,18 @@ def train(
     """
     begun = time.monotonic()
     del inference_evaluator_cls
-    startup.check_host(infer_eval_dataset_cfg, use_orbax)
+    refuse("train.infer_eval_dataset_cfg", infer_eval_dataset_cfg, None, "doesn't decode")
+    refuse("train.use_orbax", use_orbax, True, "writes Orbax checkpoints only")
+    refuse("train.gc_period", gc_period, 0, "leaves garbage to Python")
+    refuse("jax.process_count()", jax.process_count(), 1, "runs as one process")
     startup.check_checkpoint_cfg(checkpoint_cfg, train_dataset_cfg)
     model_dir = startup.check_model_dir(model_dir)
     actions = _actions_by_mode(actions)
     save_cfg = checkpoint_cfg.save
-    schedule = periods.Periods(
-        stats=stats_period,
-        eval=eval_period if train_eval_dataset_cfg else None,
-        checkpoint=save_cfg.period if save_cfg else None,
-        checkpoint_steps=(save_cfg.checkpoint_steps or ()) if save_cfg else (),
-        gc=gc_period,
-    )
+    save_period = save_cfg.period if save_cfg else None
+    if not train_eval_dataset_cfg:
+        eval_period = 0
+    startup.check_periods(stats_period, eval_period, save_period)
 
     if use_hardware_rng:
         jax.config.update("jax_default_prng_impl", "unsafe_rbg")
@@ -186,7 +186,7 @@ def train(
     # The trainer alone may hold the state: its arrays are donated to the first step.
     del state
     run = _Run(loop, manager, save_cfg, eval_sets, actions)
-    with progress.without_orbax_notes(), run.closing(collects_garbage=bool(gc_period)):
+    with progress.without_orbax_notes(), run.closing():
         metrics = loop.train_metrics_manager
         summarize_config_fn(model_dir, metrics.summary_writer, host_step)
         metrics.write_scalar("timing/init_or_restore_seconds", time.monotonic() - begun, host_step)
@@ -198,12 +198,12 @@ def train(
             logging.warning("The run is at step %d already: there is nothing to train.", host_step)
         if run_eval_before_training and eval_sets:
             run.evaluate(host_step)
-        if schedule.checkpoint or schedule.checkpoint_steps:
+        if save_period:
             run.save()
 
         with progress.Progress(host_step, total_steps) as report:
             batches = report.count(train_iter)
-            for segment in schedule.segments(host_step, total_steps):
+            for segment in segments(host_step, total_steps, stats_period, eval_period, save_period):
                 if loop.stop_training:
                     run.save()
                     break
@@ -218,13 +218,41 @@ def train(
                 report.watch(host_step, metrics.snapshot())
                 if not concurrent_metrics or actions.get(trainer.ActionMode.TRAIN):
                     run.act(trainer.ActionMode.TRAIN, {"train": summary.result()})
-                if segment.collect:
-                    gc.collect()
                 if segment.save:
                     run.save()
                 if segment.evaluate and eval_sets:
                     run.evaluate(host_step)
         return host_step, loop.train_state
+
+
+class Segment(NamedTuple):
+    """Steps [start, stop) that are dispatched in one go, and what follows them."""
+
+    start: int
+    stop: int
+    save: bool
+    evaluate: bool
+
+
+def segments(
+    first: int, total: int, stats: int | None, evaluate: int | None, save: int | None
+) -> Iterator[Segment]:
+    """The segments from step `first` to `total`; periods, None or 0 for never, count from `first`.
+
+    A segment ends at the next multiple of the shorter of `evaluate` and `save`, or of `stats`
+    within it. The end of training counts as a multiple of every period.
+    """
+    shortest = min((x for x in (evaluate, save) if x), default=max(total - first, 1))
+
+    def due(period, stop):
+        return bool(period) and (stop == total or (stop - first) % period == 0)
+
+    start = first
+    while start < total:
+        whole = start + shortest - (start - first) % shortest
+        stop = min(total, whole, start + (stats or shortest))
+        yield Segment(start, stop, due(save, stop), due(evaluate, stop))
+        start = stop
 
 
 def _actions_by_mode(actions: Mapping[str, Sequence] | None) -> dict[trainer.ActionMode, Sequence]:
@@ -257,7 +285,7 @@ class _Run:
             return
         begun = time.monotonic()
         state = self.loop.train_state
-        if self.manager.save(state, self.save_cfg.state_transformation_fns):
+        if self.manager.save(state):
             self.loop.train_metrics_manager.write_scalar(
                 "timing/checkpoint_seconds", time.monotonic() - begun, state.step
             )
@@ -280,18 +308,13 @@ class _Run:
                 self.loop.stop_training = True
 
     @contextlib.contextmanager
-    def closing(self, collects_garbage: bool) -> Iterator[None]:
+    def closing(self) -> Iterator[None]:
         """Wait for all background work at the end; an error of the body goes before theirs."""
-        collects_garbage = collects_garbage and gc.isenabled()
-        if collects_garbage:
-            gc.disable()
         failed = True
         try:
             yield
             failed = False
         finally:
-            if collects_garbage:
-                gc.enable()
             for close in (self.manager.close, self.loop.close):
                 try:
                     close()

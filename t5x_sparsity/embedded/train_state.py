@@ -9,8 +9,6 @@ from flax.linen import partitioning as flax_partitioning
 
 from t5x_sparsity.embedded import optimizers
 
-EMPTY_DICT = freeze({})
-
 
 class FlaxOptimTrainState(struct.PyTreeNode):
     """Everything a training step changes; `_optimizer` holds it, the rest describes it.
@@ -20,28 +18,25 @@ class FlaxOptimTrainState(struct.PyTreeNode):
 
     _optimizer: optimizers.Optimizer
     params_axes: FrozenDict | None = None
-    flax_mutables: FrozenDict = EMPTY_DICT
-    flax_mutables_axes: FrozenDict | None = None
 
     @classmethod
     def create(
         cls, optimizer_def: optimizers.OptimizerDef, model_variables: Mapping[str, Any]
     ) -> "FlaxOptimTrainState":
-        """Returns the state at step 0 of `model_variables` (`params`, `params_axes`, others).
+        """Returns the state at step 0 of `model_variables` (`params` and `params_axes`).
 
-        An optimizer with `set_param_axes` is told the axes first. A parameter without axes, or a
-        model without any where the optimizer asks for them, is a ValueError.
+        An optimizer with `set_param_axes` is told the axes first. A ValueError: a parameter without
+        axes, a model without any where the optimizer asks for them, or other collections.
         """
         collections = dict(freeze(model_variables))
         params = collections.pop("params")
         params_axes = collections.pop("params_axes", None)
-        _check_axes("params", params, params_axes)
-
-        mutables_axes = {k: v for k, v in collections.items() if k.endswith("_axes")}
-        mutables = {k: v for k, v in collections.items() if k not in mutables_axes}
-        mutables_axes = {k.removesuffix("_axes"): v for k, v in mutables_axes.items()}
-        for name, axes in mutables_axes.items():
-            _check_axes(name, mutables[name], axes)
+        if collections:
+            raise ValueError(
+                f"The model has the mutable collections {sorted(collections)}; the embedded host "
+                "trains parameters only. Use T5X for it."
+            )
+        _check_axes(params, params_axes)
 
         if hasattr(optimizer_def, "set_param_axes"):
             if params_axes is None:
@@ -52,12 +47,7 @@ class FlaxOptimTrainState(struct.PyTreeNode):
                 )
             optimizer_def.set_param_axes(flax_partitioning.get_axis_names(params_axes))
 
-        return cls(
-            optimizer_def.create(params),
-            params_axes=params_axes,
-            flax_mutables=freeze(mutables),
-            flax_mutables_axes=freeze(mutables_axes) if mutables_axes else None,
-        )
+        return cls(optimizer_def.create(params), params_axes=params_axes)
 
     @property
     def step(self) -> Any:
@@ -76,32 +66,20 @@ class FlaxOptimTrainState(struct.PyTreeNode):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nested dicts of leaves, as a checkpoint holds them."""
-        state_dict = self._optimizer.state_dict()
-        if self.flax_mutables:
-            state_dict["flax_mutables"] = unfreeze(self.flax_mutables)
-        return state_dict
+        return self._optimizer.state_dict()
 
     def restore_state(self, state_dict: Mapping[str, Any]) -> "FlaxOptimTrainState":
         """Returns the state with the leaves of `state_dict`."""
-        return self.replace(
-            _optimizer=self._optimizer.restore_state(state_dict),
-            flax_mutables=freeze(dict(state_dict.get("flax_mutables", {}))),
-        )
+        return self.replace(_optimizer=self._optimizer.restore_state(state_dict))
 
-    def apply_gradient(
-        self, grads: Any, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
-    ) -> "FlaxOptimTrainState":
+    def apply_gradient(self, grads: Any, learning_rate: Any) -> "FlaxOptimTrainState":
         """Returns the state one step on."""
         optimizer = self._optimizer.apply_gradient(grads, learning_rate=learning_rate)
-        return self.replace(_optimizer=optimizer, flax_mutables=flax_mutables)
+        return self.replace(_optimizer=optimizer)
 
     def replace_params(self, params: Any) -> "FlaxOptimTrainState":
         """Returns the state with other parameters."""
         return self.replace(_optimizer=self._optimizer.replace(target=params))
-
-    def replace_flax_mutables(self, flax_mutables: FrozenDict) -> "FlaxOptimTrainState":
-        """Returns the state with other mutable collections."""
-        return self.replace(flax_mutables=flax_mutables)
 
     def replace_step(self, step: Any) -> "FlaxOptimTrainState":
         """Returns the state with another step number; nothing else changes."""
@@ -125,21 +103,17 @@ class FlaxOptimTrainState(struct.PyTreeNode):
             optimizer_def.derive_logical_axes(
                 self._optimizer, flax_partitioning.get_axis_names(self.params_axes)
             ),
-            flax_mutables=flax_partitioning.get_axis_names(self.flax_mutables_axes or EMPTY_DICT),
         )
 
 
-TrainState = FlaxOptimTrainState
-
-
-def _check_axes(collection: str, variables: Mapping, axes: Mapping | None) -> None:
+def _check_axes(params: Mapping, axes: Mapping | None) -> None:
     if axes is None:
         return
     named = traverse_util.flatten_dict(unfreeze(flax_partitioning.get_axis_names(axes)), sep="/")
-    present = traverse_util.flatten_dict(unfreeze(variables), sep="/")
+    present = traverse_util.flatten_dict(unfreeze(params), sep="/")
     missing = sorted(set(present) - set(named))
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(present)} leaves of '{collection}' have no logical axes, "
-            f"among them '{missing[0]}'. Declare them with flax.linen.partitioning.param_with_axes."
+            f"{len(missing)} of {len(present)} leaves of 'params' have no logical axes, among "
+            f"them '{missing[0]}'. Declare them with flax.linen.partitioning.param_with_axes."
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import enum
 import functools
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import clu.metrics
 import clu.values
@@ -19,12 +20,11 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding
 
-from t5x_sparsity.embedded import actions, metrics_manager, utils
-from t5x_sparsity.embedded import metrics as metrics_lib
+from t5x_sparsity.embedded import metrics_manager
+from t5x_sparsity.embedded.refusals import missing_from, refuse
 
-ActionMode = actions.ActionMode
-BaseAction = actions.BaseAction
-TerminateOnNanAction = actions.TerminateOnNanAction
+__getattr__ = missing_from(__name__)
+
 MetricsManager = metrics_manager.MetricsManager
 
 Batch = Mapping[str, jax.Array]
@@ -36,42 +36,49 @@ class PreemptionError(Exception):
     """Raised by a trainer whose machine is about to be taken away; `train` saves, and raises it."""
 
 
-def _is_metric(x: Any) -> bool:
-    return isinstance(x, clu.metrics.Metric)
-
-
 @jax.jit
 def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
     """The metrics of two runs of steps as those of one; stays on the devices."""
-    return jax.tree.map(lambda x, y: x.merge(y), a, b, is_leaf=_is_metric)
+    return {name: metric.merge(b[name]) for name, metric in a.items()}
 
 
-class WeightMetricsComputer:
-    """RMS of each weight, of its gradient and its update, and its largest absolute value."""
+@enum.unique
+class ActionMode(enum.Enum):
+    """After what an action runs."""
 
-    def compute_metrics(
-        self, gradients: Any, old_train_state: Any, new_train_state: Any
-    ) -> Metrics:
-        """Metrics `weight_rms/<name>`, `weight_gradient_rms/...`, `weight_update_rms/...` and
-        `weight_max/...` as averages over steps, and `weight_gradient_norm` over all weights.
-        """
-        new = utils.flatten_dict_string_keys(new_train_state.params)
-        old = utils.flatten_dict_string_keys(old_train_state.params)
-        grads = utils.flatten_dict_string_keys(gradients)
-        values = {"weight_gradient_norm": jnp.sqrt(sum(jnp.sum(g**2) for g in grads.values()))}
-        for name, weight in new.items():
-            values[f"weight_rms/{name}"] = _rms(weight)
-            values[f"weight_gradient_rms/{name}"] = _rms(grads[name])
-            values[f"weight_update_rms/{name}"] = _rms(weight - old[name])
-            values[f"weight_max/{name}"] = jnp.max(jnp.abs(weight))
-        return {
-            name: metrics_lib.AveragePerStep.from_model_output(value)
-            for name, value in values.items()
-        }
+    TRAIN = 1
+    TRAIN_EVAL = 2
+    INFER_EVAL = 3
 
 
-def _rms(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x)))
+class BaseAction(abc.ABC):
+    """Looks at metrics and may end the training."""
+
+    @abc.abstractmethod
+    def run(self, train_state: Any, metrics_by_task: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether to stop training; metrics are by task, 'train' for those of training."""
+
+
+class TerminateOnNanAction(BaseAction):
+    """Stops training when a metric of a task is no longer finite."""
+
+    def __init__(self, task: str, metric: str = "loss"):
+        """Watch `metric` of `task`."""
+        self._task, self._metric = task, metric
+
+    def run(self, train_state: Any, metrics_by_task: Mapping[str, Mapping[str, Any]]) -> bool:
+        """See BaseAction; an unknown task or metric is a ValueError."""
+        known = metrics_by_task.get(self._task)
+        if known is None or self._metric not in known:
+            raise ValueError(
+                f"trainer.TerminateOnNanAction watches metric {self._metric!r} of task "
+                f"{self._task!r}; there are {sorted(metrics_by_task if known is None else known)}."
+            )
+        value = float(known[self._metric].value)
+        if math.isfinite(value):
+            return False
+        logging.error("%s of %s is %s: training stops.", self._metric, self._task, value)
+        return True
 
 
 class BaseTrainer(abc.ABC):
@@ -98,11 +105,6 @@ class BaseTrainer(abc.ABC):
           train_state_axes: the partition spec of each array of the state.
           rng: folded with the step number into each step's own key.
         """
-        if getattr(train_state, "flax_mutables", None):
-            raise ValueError(
-                f"The model has the mutable collections {sorted(train_state.flax_mutables)}; the "
-                "embedded host trains parameters only. Use T5X for this model."
-            )
         self._model = model
         self._train_state = train_state
         self._train_state_axes = train_state_axes
@@ -111,7 +113,6 @@ class BaseTrainer(abc.ABC):
         self._base_rng = rng
         self._compiled_train_step: Step | None = None
         self._compiled_eval_steps: dict[str, Callable] = {}
-        self._eval_steps_by_shape: dict[Any, Callable] = {}
         self._begun = time.monotonic()
         self.stop_training = False
         self.train_metrics_manager = MetricsManager("train", summary_dir)
@@ -226,16 +227,17 @@ class BaseTrainer(abc.ABC):
 
     def compile_eval(self, batches: Mapping[str, Batch]) -> None:
         """Compile the eval step for each set's batches; sets of the same shapes share one."""
+        by_shapes = {}
         for name, batch in batches.items():
             if name in self._compiled_eval_steps:
                 continue
             begun = time.monotonic()
             shapes = tuple(sorted((k, x.shape, str(x.dtype)) for k, x in batch.items()))
-            if shapes not in self._eval_steps_by_shape:
-                self._eval_steps_by_shape[shapes] = self._partitioner.compile(
+            if shapes not in by_shapes:
+                by_shapes[shapes] = self._partitioner.compile(
                     self._partitioned_eval_step, self.train_state, batch
                 )
-            self._compiled_eval_steps[name] = self._eval_steps_by_shape[shapes]
+            self._compiled_eval_steps[name] = by_shapes[shapes]
             self.eval_metrics_managers[name].write_scalar(
                 "timing/compilation_seconds", time.monotonic() - begun, self.train_state.step
             )
@@ -300,48 +302,29 @@ def accumulate_grads_microbatched(
     return grads, metrics
 
 
-class BaseTrainerConstructor(Protocol):
-    """What `train` takes as `trainer_cls`: called with BaseTrainer's arguments by name."""
-
-    def __call__(self, **kwargs: Any) -> BaseTrainer:
-        """A trainer."""
-
-
 class Trainer(BaseTrainer):
     """The ordinary trainer: a gradient step, over microbatches if asked."""
 
     def __init__(
         self,
-        model: Any,
-        train_state: Any,
-        partitioner: Any,
-        eval_names: Sequence[str],
-        summary_dir: str | None,
-        train_state_axes: Any,
-        rng: jax.Array,
+        *args: Any,
         learning_rate_fn: Callable[[jax.Array], jax.Array],
         num_microbatches: int | None,
-        weight_metrics_computer: WeightMetricsComputer | None = None,
+        weight_metrics_computer: None = None,
+        **kwargs: Any,
     ):
-        """See BaseTrainer.
+        """Prepare a trainer; what isn't named here goes to BaseTrainer.
 
-        Args beyond those of BaseTrainer:
+        Args:
           learning_rate_fn: maps the step to the learning rate.
           num_microbatches: into how many parts a batch is cut to save memory; None: not at all.
-          weight_metrics_computer: adds metrics of each weight, at a cost; None: none.
+          weight_metrics_computer: must be None; T5X has metrics of each weight.
         """
+        name = "trainer.Trainer.weight_metrics_computer"
+        refuse(name, weight_metrics_computer, None, "has no metrics of single weights")
         self._learning_rate_fn = learning_rate_fn
         self._num_microbatches = num_microbatches
-        self._weight_metrics_computer = weight_metrics_computer
-        super().__init__(
-            model=model,
-            train_state=train_state,
-            partitioner=partitioner,
-            eval_names=eval_names,
-            summary_dir=summary_dir,
-            train_state_axes=train_state_axes,
-            rng=rng,
-        )
+        super().__init__(*args, **kwargs)
 
     @functools.cached_property
     def _partitioned_train_step(self) -> Step:
@@ -362,10 +345,6 @@ class Trainer(BaseTrainer):
             rate = jnp.asarray([rate])
             metrics["learning_rate"] = clu.metrics.Average.from_model_output(rate)
             metrics["learning_rate/current"] = clu.metrics.LastValue.from_model_output(rate)
-            if self._weight_metrics_computer is not None:
-                metrics.update(
-                    self._weight_metrics_computer.compute_metrics(grads, train_state, new_state)
-                )
             return new_state, metrics
 
         return self._partitioner.partition(

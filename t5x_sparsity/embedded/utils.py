@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.core
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from t5x_sparsity.embedded import checkpoints, data, train_state
+from t5x_sparsity.embedded import checkpoints, data, optimizers, train_state
+from t5x_sparsity.embedded.refusals import missing_from, refuse
+
+__getattr__ = missing_from(__name__)
 
 DatasetConfig = data.DatasetConfig
 get_dataset = data.get_dataset
@@ -22,6 +24,7 @@ get_training_eval_datasets = data.get_training_eval_datasets
 get_zeros_batch_like_dataset = data.get_zeros_batch_like_dataset
 verify_matching_vocabs = data.verify_matching_vocabs
 get_local_data = checkpoints.get_local_data
+flatten_dict_string_keys = optimizers.flatten
 
 _SAVE_DTYPES = (None, "float32", "bfloat16")
 _RESTORE_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -42,11 +45,11 @@ class SaveCheckpointConfig:
       dtype: the type that weights are saved in ('float32', 'bfloat16', or None: as they are). The
         optimizer's state always keeps its own types.
       period: steps between checkpoints, or None.
-      checkpoint_steps: further steps to save at.
       keep: how many checkpoints stay; None keeps all.
       save_dataset: save the position in the training data, so that a resumed run goes on with the
         batches that come next. Needs a fixed seed in the training DatasetConfig.
-      state_transformation_fns: each takes and returns (state_dict, param_infos), before writing.
+      checkpoint_steps: must be None: checkpoints are saved every `period` steps.
+      state_transformation_fns: must be empty: the state is saved as it is.
     """
 
     dtype: str | None = "float32"
@@ -58,6 +61,10 @@ class SaveCheckpointConfig:
     checkpoint_manager_cls: Callable = checkpoints.OrbaxCheckpointManagerInterface
 
     def __post_init__(self):
+        steps, fns = tuple(self.checkpoint_steps or ()), tuple(self.state_transformation_fns)
+        name = "utils.SaveCheckpointConfig"
+        refuse(f"{name}.checkpoint_steps", steps, (), "saves every `period` steps")
+        refuse(f"{name}.state_transformation_fns", fns, (), "saves states as they are")
         _one_of("utils.SaveCheckpointConfig.dtype", self.dtype, _SAVE_DTYPES)
         for name in ("period", "keep"):
             value = getattr(self, name)
@@ -162,13 +169,6 @@ class _AssignmentMap:
         return traverse_util.unflatten_dict(result, sep="/")
 
 
-class LearningRateCallable(Protocol):
-    """Maps a step (integer array) to a learning rate (float32 scalar)."""
-
-    def __call__(self, step: jax.Array) -> jax.Array:
-        """The learning rate of `step`."""
-
-
 def create_learning_rate_scheduler(
     factors: str = "constant * linear_warmup * rsqrt_decay",
     base_learning_rate: float = 0.5,
@@ -178,7 +178,7 @@ def create_learning_rate_scheduler(
     steps_per_cycle: int = 100000,
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
-) -> LearningRateCallable:
+) -> Callable[[jax.Array], jax.Array]:
     """The product of the named factors as a function of the step, never below `min_learning_rate`.
 
     Factors, for s = max(step - step_offset, 0) and w = warmup_steps:
@@ -282,11 +282,6 @@ class TrainStateInitializer:
         return make(init_rng)
 
 
-def flatten_dict_string_keys(tree: Mapping) -> dict[str, Any]:
-    """A nested dict as one flat dict, the keys joined by '/'."""
-    return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
-
-
 def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any) -> None:
     """Write one line for each array of the state (name, size, shape, partition spec) to a file.
 
@@ -300,16 +295,13 @@ def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any
         leaf = shapes[name]
         if not hasattr(leaf, "shape"):
             continue
-        size = int(np.prod(leaf.shape, dtype=np.int64))
-        weights += size if name.startswith("target/") else 0
-        axes = logical.get(name)
-        if axes is not None and len(tuple(axes)) == len(leaf.shape):
-            pairs = zip(tuple(axes), leaf.shape, strict=True)
-            shape = "(" + ", ".join(f"{axis}={length}" for axis, length in pairs) + ")"
-        else:
-            shape = str(tuple(leaf.shape))
+        weights += leaf.size if name.startswith("target/") else 0
+        shape, axes = str(tuple(leaf.shape)), tuple(logical.get(name) or ())
+        if axes and len(axes) == len(leaf.shape):
+            named = (f"{axis}={length}" for axis, length in zip(axes, leaf.shape, strict=True))
+            shape = f"({', '.join(named)})"
         spec = None if placed.get(name) is None else tuple(placed[name])
-        lines.append(f"{name:<72} {size:>12} {shape:<40} {leaf.dtype} {spec}")
+        lines.append(f"{name:<72} {leaf.size:>12} {shape:<40} {leaf.dtype} {spec}")
     logging.info("The model has %s weights.", f"{weights:,}")
     if log_file is not None:
         with open(log_file, "w", encoding="utf-8") as out:

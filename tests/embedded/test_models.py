@@ -124,6 +124,19 @@ def test_average_per_sequence_of_a_packed_row():
     np.testing.assert_allclose(factor, 2.0, rtol=1e-6)
 
 
+def test_average_per_sequence_leaves_out_weighted_padding():
+    batch = {
+        "decoder_target_tokens": jnp.asarray([[3, 4, 5, 0, 0], [6, 7, 8, 9, 2]]),
+        "decoder_segment_ids": jnp.asarray([[1, 1, 2, 0, 0], [1, 2, 2, 2, 3]]),
+        # all positions have a weight, padding too; one example of the second row has none
+        "decoder_loss_weights": jnp.asarray([[3.0, 1, 0.5, 1, 1], [2.0, 1, 0, 3, 0]]),
+    }
+    factor, weights = losses.get_loss_normalizing_factor_and_weights("AVERAGE_PER_SEQUENCE", batch)
+    np.testing.assert_allclose(weights, [[0.75, 0.25, 1, 0, 0], [1, 0.25, 0, 0.75, 0]], rtol=1e-6)
+    # four examples count: two of each row
+    np.testing.assert_allclose(factor, 4.0, rtol=1e-6)
+
+
 def test_unknown_normalizing_factor_names_the_choices():
     with pytest.raises(ValueError, match="'PER_TOKEN'; it must be a number.*NUM_REAL_TARGET"):
         losses.get_loss_normalizing_factor_and_weights("PER_TOKEN", BATCH)
@@ -260,8 +273,9 @@ def test_what_the_models_refuse():
 def test_vocabularies_and_converters():
     model = decoder_model(decode_fn=None)
     assert model.FEATURE_CONVERTER_CLS is seqio.DecoderFeatureConverter
-    assert models.get_input_vocabulary(model) is VOCABULARY
-    assert models.get_output_vocabulary(model) is VOCABULARY
+    assert model.input_vocabulary is VOCABULARY and model.output_vocabulary is VOCABULARY
+    with pytest.raises(AttributeError, match="no 'get_output_vocabulary': .* Use T5X for it"):
+        models.get_output_vocabulary(model)
     other = decoder_model(feature_converter_cls=seqio.PrefixLMFeatureConverter)
     assert other.FEATURE_CONVERTER_CLS is seqio.PrefixLMFeatureConverter
     assert decoder_model().FEATURE_CONVERTER_CLS is seqio.DecoderFeatureConverter
@@ -269,6 +283,8 @@ def test_vocabularies_and_converters():
 
 def test_metrics_merge_and_take_durations():
     per_step = metrics.AveragePerStep(total=4.0).merge(metrics.AveragePerStep(total=2.0))
+    assert float(per_step.compute()) == 3.0
+    assert float(metrics.StepsPerTime().merge(metrics.StepsPerTime()).steps) == 2
     tree = {
         "loss": per_step,
         "sum": metrics.Sum(3).merge(metrics.Sum.from_model_output(jnp.asarray([1, 2]))),
@@ -278,9 +294,9 @@ def test_metrics_merge_and_take_durations():
     }
     with pytest.raises(ValueError, match="TimeRate has no duration yet: call replace_duration"):
         tree["rate"].compute()
-    tree = metrics.set_time_metrics_duration(tree, 4.0)
+    tree = metrics.complete(tree, duration=4.0, num_steps=2)
     values = {name: float(metric.compute()) for name, metric in tree.items()}
     assert values == {"loss": 3.0, "sum": 6.0, "seconds": 4.0, "rate": 2.5, "steps": 0.5}
-    tree = metrics.set_step_metrics_num_steps(tree, 1)
+    tree = metrics.complete(tree, duration=4.0, num_steps=1)
     assert float(tree["loss"].compute()) == 6.0 and float(tree["steps"].compute()) == 0.25
     assert float(tree["sum"].compute()) == 6.0

@@ -244,15 +244,77 @@ def test_relative_position_buckets_are_those_of_t5x(bidirectional):
     np.testing.assert_array_equal(layers.relative_position_buckets(length, bidirectional), expected)
 
 
-def test_average_per_sequence_weights_of_packed_batch_are_those_of_t5x():
+def random_batch(seed, packed, weights):
+    """Rows of random lengths, cut into random examples where `packed`, with loss weights."""
+    rng = np.random.default_rng(seed)
+    lengths = {"encoder": INPUTS, "decoder": TARGETS}
+    batch = {}
+    for side, length in lengths.items():
+        segments, positions = np.zeros((2, BATCH, length), np.int32)
+        for row in range(BATCH):
+            at, segment, end = 0, 1, rng.integers(1, length + 1)
+            while at < end:
+                size = min(rng.integers(1, 5), end - at) if packed else end
+                segments[row, at : at + size] = segment
+                positions[row, at : at + size] = np.arange(size)
+                at, segment = at + size, segment + 1
+        tokens = rng.integers(1, VOCAB, (BATCH, length)) * (segments > 0)
+        name = "encoder_input_tokens" if side == "encoder" else "decoder_target_tokens"
+        batch[name] = tokens.astype(np.int32)
+        if packed:
+            batch |= {f"{side}_segment_ids": segments, f"{side}_positions": positions}
+    targets = batch["decoder_target_tokens"]
+    batch["decoder_input_tokens"] = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    real, shape = (targets > 0).astype(np.float32), targets.shape
+    batch["decoder_loss_weights"] = {
+        "tokens": real,
+        "some": real * rng.integers(0, 2, shape),
+        "fractions": real * rng.uniform(0.1, 1.0, shape),
+        "padding too": np.ones(shape),
+    }[weights].astype(np.float32)
+    return {k: jnp.asarray(v) for k, v in batch.items()}
+
+
+WEIGHTS = ["tokens", "some", "fractions", "padding too"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_weights_of_random_batches_are_those_of_t5x(packed, weights):
     from t5x import losses as t5x_losses
 
-    batch = batch_of(6, packed=True)
-    factor = "AVERAGE_PER_SEQUENCE"
-    got = losses.get_loss_normalizing_factor_and_weights(factor, batch)
-    expected = t5x_losses.get_loss_normalizing_factor_and_weights(factor, batch)
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
-    np.testing.assert_allclose(got[1], expected[1], rtol=1e-6)
+    for seed in range(10):
+        batch = random_batch(seed, packed, weights)
+        for factor in (None, 7.0, *(f.name for f in losses.SpecialLossNormalizingFactor)):
+            got = losses.get_loss_normalizing_factor_and_weights(factor, batch)
+            expected = t5x_losses.get_loss_normalizing_factor_and_weights(factor, batch)
+            assert (got[0] is None) == (expected[0] is None)
+            if factor is not None:
+                np.testing.assert_allclose(got[0], expected[0], rtol=2e-5)
+            np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("factor", [None, *(f.name for f in losses.SpecialLossNormalizingFactor)])
+def test_metrics_of_random_batches_are_those_of_t5x(factor, packed, weights):
+    ours, theirs = pair("encdec", loss_normalizing_factor=factor, z_loss=1e-2, label_smoothing=0.1)
+    batches = [random_batch(seed, packed, weights) for seed in (11, 12)]
+    logits = [jax.random.normal(jax.random.PRNGKey(s), (BATCH, TARGETS, VOCAB)) for s in (0, 1)]
+    merged = []
+    for model in (ours, theirs):
+        model._compute_logits = lambda params, batch, *_: params
+        first, second = (model.eval_fn(*x)[1] for x in zip(logits, batches, strict=True))
+        merged.append({name: metric.merge(second[name]) for name, metric in first.items()})
+    assert merged[0].keys() == merged[1].keys()
+    for name, metric in merged[0].items():
+        other = merged[1][name]
+        if hasattr(other, "replace_duration"):
+            metric, other = metric.replace_duration(2.0), other.replace_duration(2.0)
+        for setting in ("merged", "one step"):
+            if setting == "one step" and hasattr(other, "replace_steps"):
+                metric, other = metric.replace_steps(1), other.replace_steps(1)
+            np.testing.assert_allclose(metric.compute(), other.compute(), rtol=1e-5, err_msg=name)
 
 
 ADAFACTORS = [

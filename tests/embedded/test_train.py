@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from absl import logging
 
-from t5x_sparsity.embedded import checkpoints, optimizers, periods, trainer, utils
+from t5x_sparsity.embedded import checkpoints, optimizers, startup, train, trainer, utils
 
 
-def plan(first, total, **kwargs):
-    events = {"save": "S", "evaluate": "E", "collect": "G"}
+def plan(first, total, stats=None, eval=None, checkpoint=None):
     return [
-        (s.start, s.stop, "".join(mark for name, mark in events.items() if getattr(s, name)))
-        for s in periods.Periods(**kwargs).segments(first, total)
+        (s.start, s.stop, "S" * s.save + "E" * s.evaluate)
+        for s in train.segments(first, total, stats, eval, checkpoint)
     ]
 
 
@@ -39,14 +38,6 @@ def test_segments_by_hand():
     assert plan(0, 5, stats=2) == [(0, 2, ""), (2, 4, ""), (4, 5, "")]
     assert plan(0, 4) == [(0, 4, "")]
     assert plan(3, 3, eval=2) == []
-    assert plan(0, 8, checkpoint=4, checkpoint_steps=(7, 3, 4)) == [
-        (0, 3, "S"),
-        (3, 4, "S"),
-        (4, 7, "S"),
-        (7, 8, "S"),
-    ]
-    assert plan(0, 5, checkpoint_steps=(2,)) == [(0, 2, "S"), (2, 5, "S")]
-    assert plan(0, 4, eval=4, gc=2) == [(0, 2, "G"), (2, 4, "EG")]
 
 
 def test_bad_periods_are_named():
@@ -55,9 +46,11 @@ def test_bad_periods_are_named():
         "utils.SaveCheckpointConfig.period = 4"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        periods.Periods(eval=6, checkpoint=4)
+        startup.check_periods(None, 6, 4)
     with pytest.raises(ValueError, match="train.stats_period is -1; it must be a number of steps"):
-        periods.Periods(stats=-1)
+        startup.check_periods(-1, 0, None)
+    startup.check_periods(3, 0, 4)
+    startup.check_periods(None, 4, 8)
 
 
 @pytest.fixture(scope="module")
@@ -147,22 +140,21 @@ def test_finished_run_only_evaluates(tmp_path, whole):
     assert calls[0][micro.task()]["loss_per_nonpadding_target_token"].value > 0
 
 
-def test_extra_saves_relative_steps_and_microbatches(tmp_path):
+def test_relative_steps_and_microbatches(tmp_path):
     def cls(**kwargs):
         return micro.trainer_cls(**kwargs, num_microbatches=2)
 
     options = dict(
-        save={"period": 4, "keep": None, "checkpoint_steps": [3]},
+        save={"period": 4, "keep": None},
         train_eval_dataset_cfg=None,
         concurrent_metrics=False,
-        gc_period=4,
         stats_period=1,
         trainer_cls=cls,
     )
     step, _ = micro.run(tmp_path, 4, **options)
-    assert (step, checkpoints.all_steps(str(tmp_path))) == (4, [0, 3, 4])
+    assert (step, checkpoints.all_steps(str(tmp_path))) == (4, [0, 4])
     step, _ = micro.run(tmp_path, 4, relative_steps=2, **options)
-    assert (step, checkpoints.all_steps(str(tmp_path))) == (6, [0, 3, 4, 6])
+    assert (step, checkpoints.all_steps(str(tmp_path))) == (6, [0, 4, 6])
 
 
 def test_start_from_another_run(tmp_path, whole):
@@ -185,7 +177,7 @@ def test_start_from_another_run(tmp_path, whole):
     got = micro.leaves(state)
     assert step == 0 == got["state/step"]
     np.testing.assert_array_equal(got["target/table"], whole[1]["target/table"])
-    # Six batches of the other run were passed over.
+    # Six batches of the other run were skipped.
     assert checkpoints.saved_batches(str(tmp_path / "b" / "checkpoint_0")) == 6
 
 
@@ -217,10 +209,22 @@ def test_log_shows_progress(tmp_path, caplog):
 ERRORS = {
     "decoding": (
         lambda: {"infer_eval_dataset_cfg": micro.dataset_config("validation")},
-        "infer_eval_dataset_cfg is set, but the embedded host doesn't decode. Set it to None, or "
-        "train with T5X",
+        "but the embedded host doesn't decode: set it to None, or use T5X for it.",
     ),
-    "orbax": (lambda: {"use_orbax": False}, "train.use_orbax is False"),
+    "orbax": (
+        lambda: {"use_orbax": False},
+        "train.use_orbax is False, but the embedded host writes Orbax checkpoints only: set it to "
+        "True, or use T5X for it.",
+    ),
+    "garbage": (lambda: {"gc_period": 4}, "train.gc_period is 4, but the embedded host"),
+    "extra saves": (
+        lambda: {"save": {"checkpoint_steps": [3]}},
+        "utils.SaveCheckpointConfig.checkpoint_steps is (3,), but the embedded host saves every",
+    ),
+    "saved otherwise": (
+        lambda: {"save": {"state_transformation_fns": [dict]}},
+        "SaveCheckpointConfig.state_transformation_fns is (<class 'dict'>,), but the embedded host",
+    ),
     "seed": (
         lambda: {"train_dataset_cfg": micro.dataset_config(seed=None)},
         "save_dataset is True, but the training data has no fixed seed, so that a resumed run "
@@ -292,6 +296,13 @@ def test_bad_input_ends_the_run_before_it_compiles_or_writes(tmp_path, monkeypat
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         micro.run(tmp_path / "run", 4, **overrides())
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message = "jax.process_count() is 2, but the embedded host runs as one process: set it to 1, or"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        micro.run(tmp_path / "run", 4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import optax
 import pytest
 import tensorflow as tf
 
-from t5x_sparsity.embedded import metrics_manager, trainer
+from t5x_sparsity.embedded import metrics_manager, trainer, utils
 
 
 def make(num_microbatches=None, eval_names=("a", "b"), summary_dir=None, **kwargs):
@@ -228,36 +228,10 @@ def test_data_that_ends_is_named_and_the_state_survives():
         assert int(loop.train_state.step) == 1
 
 
-def test_mutable_collections_are_refused():
-    initializer, state, model, partitioner = micro.initial_state()
-    state = state.replace_flax_mutables({"batch_stats": {"mean": jnp.zeros(2)}})
-    with pytest.raises(ValueError, match=r"mutable collections \['batch_stats'\]"):
-        micro.trainer_cls(
-            model=model,
-            train_state=state,
-            partitioner=partitioner,
-            eval_names=(),
-            summary_dir=None,
-            train_state_axes=initializer.train_state_axes,
-            rng=jax.random.PRNGKey(0),
-        )
-
-
-def test_weight_metrics():
-    with make(weight_metrics_computer=trainer.WeightMetricsComputer()) as loop:
-        before = jax.tree.map(np.asarray, loop.train_state.params)
-        grads = jax.grad(lambda p: loop._model.loss_fn(p, micro.batch())[0])(before)
-        got = values_of(loop.train(iter([micro.batch()]), 1).result())
-        after = jax.tree.map(np.asarray, loop.train_state.params)
-    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))  # noqa: E731
-    assert got["weight_rms/table"] == pytest.approx(rms(after["table"]), rel=1e-5)
-    assert got["weight_update_rms/table"] == pytest.approx(
-        rms(after["table"] - before["table"]), rel=1e-4
-    )
-    assert got["weight_gradient_rms/kernel"] == pytest.approx(rms(grads["kernel"]), rel=1e-5)
-    assert got["weight_max/kernel"] == pytest.approx(np.abs(after["kernel"]).max(), rel=1e-6)
-    norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
-    assert got["weight_gradient_norm"] == pytest.approx(norm, rel=1e-5)
+def test_weight_metrics_are_left_to_t5x():
+    message = "trainer.Trainer.weight_metrics_computer is 'a computer', but .* use T5X for it"
+    with pytest.raises(ValueError, match=message):
+        make(weight_metrics_computer="a computer")
 
 
 def test_manager_writes_in_order_and_remembers(tmp_path):
@@ -319,3 +293,10 @@ def test_terminate_on_nan():
         assert action.run(None, {"train": {"loss": clu.values.Scalar(bad)}}) is True
     with pytest.raises(ValueError, match=r"metric 'loss' of task 'train'; there are \['other'\]"):
         action.run(None, {"other": {}})
+
+
+def test_what_t5x_alone_has_is_named():
+    message = "embedded.trainer has no 'WeightMetricsComputer': .* Use T5X for it"
+    with pytest.raises(AttributeError, match=message):
+        trainer.WeightMetricsComputer  # noqa: B018
+    assert not hasattr(utils, "ImportanceSampler")

@@ -1,0 +1,32 @@
+"""What T5X can do and the embedded host can't: one error that names the argument or the symbol."""
+
+import reprlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+def refuse(argument: str, value: Any, accepted: Any = None, why: str = "does less") -> None:
+    """Raises a ValueError unless `value` is what the embedded host takes for `argument`.
+
+    Args:
+      argument: the name to bind in gin, such as 'train.gc_period'.
+      value: what it was set to.
+      accepted: the only value that the embedded host takes.
+      why: what the embedded host does or doesn't do, to follow its name.
+    """
+    if value != accepted:
+        raise ValueError(
+            f"{argument} is {reprlib.repr(value)}, but the embedded host {why}: set it to "
+            f"{accepted!r}, or use T5X for it."
+        )
+
+
+def missing_from(module: str) -> Callable[[str], NoReturn]:
+    """Returns the `__getattr__` of `module`: an AttributeError that sends the reader to T5X."""
+
+    def getattr_of_module(name: str) -> NoReturn:
+        raise AttributeError(
+            f"{module} has no {name!r}: the embedded host does less than T5X. Use T5X for it."
+        )
+
+    return getattr_of_module
