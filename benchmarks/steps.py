@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--period", type=commandline.positive, default=5, help="steps between mask updates"
     )
-    parser.add_argument("--compiles", type=commandline.positive, default=1, help="timed, a step")
+    parser.add_argument("--compiles", type=commandline.positive, default=1, help="timed, per step")
     parser.add_argument(
         "--peer",
         choices=("auto", "yes", "no"),

@@ -248,7 +248,7 @@ def test_markers_of_the_pages_belong_to_figures(script):
     for page in figures.PAGES:
         figures.check_markers((tiny_t5.ROOT / page).read_text())
     docs = (tiny_t5.ROOT / "docs/benchmarks.md").read_text()
-    assert set(figures.OPENING.findall(docs)) == set(figures.BLOCKS) - {"steps"}
+    assert set(figures.OPENING.findall(docs)) == set(figures.BLOCKS)
     with pytest.raises(ValueError, match="no figures are called 'stepz'; there are steps, "):
         figures.check_markers("<!-- figures: stepz -->")
     with pytest.raises(ValueError, match="needs a '<!-- /figures: steps -->'"):

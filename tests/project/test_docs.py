@@ -1,14 +1,16 @@
-"""The docs: their tables are what the code is, and their example is run as it stands."""
+"""The README and the docs: their tables are what the code is, and their example runs as it is."""
 
 import contextlib
 import io
 import re
 import subprocess
+import tomllib
 
 import gin
 import jax.numpy as jnp
 import model_table
 import numpy as np
+import optax
 import optimizer_table
 import pytest
 import tiny_t5
@@ -32,6 +34,17 @@ def tables(page):
     return [
         [[cell.strip() for cell in row] for row in table if "---" not in row[0]] for table in rows
     ]
+
+
+def assert_links_lead_somewhere(text, folder):
+    """That the files and headings are there to which a page of `folder` links."""
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", text):
+        name, _, place = link.partition("#")
+        assert (folder / name).exists(), link
+        if place:
+            headings = re.findall(r"^#+ (.*)$", (folder / name).read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert place in slugs, link
 
 
 def blocks(page, language):
@@ -107,8 +120,7 @@ def test_files_that_a_page_names_are_there(page):
         assert (tiny_t5.ROOT / name).exists() or (tiny_t5.ROOT / "gin" / name).exists(), name
     for name in re.findall(r"`(\w+\.py)`", text):
         assert name == "my_pruner.py" or (tiny_t5.ROOT / "t5x_sparsity/algorithms" / name).exists()
-    for name in re.findall(r"\]\((?!http)([^)]*)\)", text):
-        assert (DOCS / name).exists(), name
+    assert_links_lead_somewhere(text, DOCS)
 
 
 def test_the_example_of_a_new_method_trains(tmp_path):
@@ -162,3 +174,67 @@ def test_the_example_with_optax_prints_what_the_page_says(tmp_path, monkeypatch)
             compile(magnitude.replace("MyPruner(", "Magnitude("), "new_algorithm.md", "exec"), scope
         )
     assert scope["kernel"].tolist() == [[8.0, 0.0], [4.0, 0.0]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_the_top_pages_lead_somewhere(page):
+    text = (tiny_t5.ROOT / page).read_text()
+    assert_links_lead_somewhere(text, tiny_t5.ROOT)
+    for name in re.findall(r"`((?:[\w.]+/)+\w+\.\w+)`", text):
+        assert (tiny_t5.ROOT / name).exists(), name
+
+
+def test_the_readme_is_short_and_has_two_commands():
+    text = (tiny_t5.ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    found = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.DOTALL)
+    assert len(found) == 2 and all(block.count("\n") == 1 for block in found)
+    assert "t5x_sparsity.train --gin_file=examples/rigl_stdlib.gin" in found[0]
+    assert found[1].endswith("-m pytest\n")
+
+
+def test_the_readme_s_lines_for_optax_run():
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (tiny_t5.ROOT / "README.md").read_text(), re.M | re.DOTALL
+    )
+    scope = {"ts": ts, "optax": optax, "params": {"kernel": jnp.ones((8, 20))}}
+    exec(code, scope)
+    masked = ts.apply_masks(scope["params"], scope["state"])
+    assert np.count_nonzero(masked["kernel"]) == 16
+
+
+def test_the_readme_s_methods_are_those_of_the_gin_files():
+    text = (tiny_t5.ROOT / "README.md").read_text().partition("## Methods")[2]
+    families = re.findall(r"^- \*\*[\w ]+\*\*: ((?:.|\n  )*)\.$", text, re.MULTILINE)
+    names = [name for family in families for name in family.replace("\n ", "").split(", ")]
+    assert len(names) == len(set(names)) == len(INCLUDES) - 1  # dense is the baseline
+    assert re.search(rf"^\| methods that train sparse \| {len(names)} \|", text, re.MULTILINE)
+
+
+def test_the_readme_compares_with_jaxpruner_by_the_measured_figures():
+    text = (tiny_t5.ROOT / "README.md").read_text().partition("## Against JaxPruner")[2]
+    rows = re.findall(r"^\| ([^|-]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    measured = {row[1]: row for row in tables("benchmarks.md")[0] if row[0] == "4"}
+    ours, theirs = measured["rigl"], measured["JaxPruner rigl"]
+    assert [row[1:] for row in rows[:3]] == [
+        (ours[3], theirs[3]),
+        (ours[4].split(",")[0], theirs[4].split(",")[0]),
+        (ours[6], theirs[6]),
+    ]
+    assert f"has {measured['dense'][4]}" in rows[1][0] and len(rows) == 4
+
+
+def test_extras_that_a_page_names_are_there():
+    pages = [tiny_t5.ROOT / "README.md", tiny_t5.ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    project = tomllib.loads((tiny_t5.ROOT / "pyproject.toml").read_text())["project"]
+    declared = set(project["optional-dependencies"])
+    named = {
+        extra
+        for page in pages
+        for extras in re.findall(r"(?:\.|t5x_sparsity)\[([\w,]+)\]", page.read_text())
+        for extra in extras.split(",")
+    }
+    assert "embedded" in named and named <= declared
+    table = tables("installation.md")[0]
+    rows = {name for row in table[1:] for name in re.findall(r"`\[(\w+)\]`", row[0])}
+    assert rows == declared
