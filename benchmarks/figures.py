@@ -134,7 +134,7 @@ def _selection(results: Results) -> str:
 
 
 def _against_steps(results: Results) -> str:
-    """The selection of 100M weights beside the step of the model that holds as many."""
+    """The selection of 100M weights next to the step of the model that holds as many."""
     large = results["large"]
     step = next(x for x in large["steps_timed"] if x["run"] == "dense")["seconds"]
     update = next(x for x in large["steps_timed"] if (x["run"], x["step"]) == ("rigl", "update"))

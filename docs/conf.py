@@ -97,7 +97,6 @@ _LISTED = {
 _PAGES = {
     "../CHANGELOG.md": "/changelog",
     "../CONTRIBUTING.md": "/contributing",
-    "../README.md": "/index",
     "../examples/mnist_optax.ipynb": "/notebooks/mnist_optax",
     "../examples/sparse_t5.ipynb": "/notebooks/sparse_t5",
 }
