@@ -61,7 +61,7 @@ class Run:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every block, and what they come to."""
+    """Seconds of every block, and their ratio."""
     import workload
 
     from t5x_sparsity import host

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pkgutil
 import re
 import subprocess
 import tomllib
@@ -64,6 +65,26 @@ def extra_state(config):
     state = init_state(config, config.plan(weights), weights)
     arrays = [x for slot in state.slots.values() for x in slot.values()]
     return sum(x.nbytes for x in arrays) / weights["kernel"].size
+
+
+def shown_imports():
+    """(file, module, name) of every import of ours that a page or an example shows."""
+    files = [tiny_t5.ROOT / "README.md", *DOCS.glob("*.md")]
+    files += [p for p in (tiny_t5.ROOT / "examples").iterdir() if p.suffix in (".py", ".ipynb")]
+    pattern = r"^[ \"]*from (t5x_sparsity[\w.]*) import ([\w, ]+)"
+    for path in sorted(files):
+        for module, names in re.findall(pattern, path.read_text(), re.MULTILINE):
+            yield from ((path.name, module, name.strip()) for name in names.split(","))
+
+
+def test_imports_that_pages_and_examples_show_work():
+    shown = list(shown_imports())
+    assert len({page for page, _, _ in shown}) > 5 and len(shown) > 10
+    for page, module, name in shown:
+        try:
+            pkgutil.resolve_name(f"{module}.{name}")
+        except (ImportError, AttributeError) as e:
+            raise AssertionError(f"{page} shows an import that fails: {e}") from e
 
 
 def test_every_method_has_a_row_in_both_tables():
