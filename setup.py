@@ -17,6 +17,6 @@ setup(
         "sparsity": ["*.gin"],
         "sparsity.embedded": ["*.gin"],
         "t5x_sparsity": ["py.typed"],
-        "t5x_sparsity.commands.report": ["*.css", "*.js"],
+        "t5x_sparsity.commands": ["*/*.html", "*/*.css", "*/*.js"],
     },
 )

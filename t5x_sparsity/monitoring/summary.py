@@ -12,6 +12,7 @@ import numpy as np
 
 from t5x_sparsity.core.contract import LayerPlan, Plan
 from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.monitoring.text_table import text_table
 from t5x_sparsity.transformation import find_state
 
 TOTAL = "total"
@@ -105,15 +106,18 @@ def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:
 
 def summary_table(rows: Sequence[LayerSummary]) -> str:
     """The rows as text, a line per weight; it takes no library, as optax users have none."""
-    table = [("weight", "shape", "weights", "kept", "target", "actual")]
-    for r in rows:
-        target = "" if r.target is None else f"{r.target:.4%}"
-        shape = "x".join(map(str, r.shape))
-        table.append((r.path, shape, f"{r.size:,}", f"{r.kept:,}", target, f"{r.sparsity:.4%}"))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, tuple("-" * width for width in widths))
-    aligned = [
-        [name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))]
-        for name, *cells in table
-    ]
-    return "\n".join("  ".join(line) for line in aligned)
+    return text_table(
+        [
+            (
+                r.path,
+                "x".join(map(str, r.shape)),
+                f"{r.size:,}",
+                f"{r.kept:,}",
+                "" if r.target is None else f"{r.target:.4%}",
+                f"{r.sparsity:.4%}",
+            )
+            for r in rows
+        ],
+        headers=("weight", "shape", "weights", "kept", "target", "actual"),
+        align="lrrrrr",
+    )
