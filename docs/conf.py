@@ -51,6 +51,8 @@ napoleon_use_rtype = False
 
 # Modules whose functions and classes are documented next to the names of the package itself.
 MODULES = (
+    "ahead_of_time.program",
+    "ahead_of_time.slices",
     "algorithms.common",
     "algorithms.drop_and_grow",
     "algorithms.gradual",
@@ -61,6 +63,7 @@ MODULES = (
     "artifacts.events",
     "artifacts.export",
     "artifacts.found_patterns",
+    "artifacts.macros",
     "artifacts.record",
     "core.contract",
     "core.distributions",
@@ -80,6 +83,7 @@ MODULES = (
     "monitoring.mask_metrics",
     "monitoring.matrix_products",
     "monitoring.summary",
+    "monitoring.text_table",
     "scaling.intervals",
     "scaling.law",
     "scaling.optimum",
