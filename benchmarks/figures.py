@@ -1,4 +1,4 @@
-"""Runs the benchmarks at their published settings and writes the figures of README and docs.
+"""Runs the benchmarks at their published settings and writes the figures of the docs.
 
     python benchmarks/figures.py
     python benchmarks/figures.py --only=selection
@@ -6,8 +6,8 @@
 
 One after another, each in a process of its own, on a machine that should do nothing else. Results
 are kept as JSON in runs/figures. Tables go between the markers `<!-- figures: NAME -->` and
-`<!-- /figures: NAME -->` of README.md and docs/benchmarks.md, the plot to docs/img. A table
-of which nothing was run stays as it is. --quick takes tiny sizes, to see that everything runs; its
+`<!-- /figures: NAME -->` of docs/benchmarks.md, the plot to docs/img. A table of which nothing was
+run stays as it is. --quick takes tiny sizes, to see that everything runs; its
 figures mean nothing.
 """
 
@@ -32,7 +32,7 @@ from tabulate import tabulate
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("docs/benchmarks.md",)
 PLOT = "docs/img/mask_update.svg"
 RESULTS = "runs/figures"
 OPENING = re.compile(r"<!-- figures: (\S+) -->")
@@ -83,7 +83,7 @@ def _steps(name: str) -> Callable[[Results], str]:
 
 
 def summary(results: Results) -> str:
-    """The train steps of all device counts in short, a row a run."""
+    """The train steps of all device counts in short, one row per run."""
     found = [results[name] for name in ("steps_1", "steps_4")]
     rows = []
     for result in found:
@@ -105,7 +105,7 @@ def summary(results: Results) -> str:
             )
     headers = (
         "devices", "run", "plain step", "extra of a mask update, in plain steps",
-        "all-gathers: plain, update", "compile: plain, update", "mask bits a weight",
+        "all-gathers: plain, update", "compile: plain, update", "mask bits per weight",
     )  # fmt: skip
     align = ("right", "left", *["right"] * 5)
     table = tabulate(
@@ -134,7 +134,7 @@ def _selection(results: Results) -> str:
 
 
 def _against_steps(results: Results) -> str:
-    """The selection of 100M weights beside the step of the model that holds as many."""
+    """The selection of 100M weights next to the step of the model that holds as many."""
     large = results["large"]
     step = next(x for x in large["steps_timed"] if x["run"] == "dense")["seconds"]
     update = next(x for x in large["steps_timed"] if (x["run"], x["step"]) == ("rigl", "update"))

@@ -149,7 +149,7 @@ def orders(
     """Which digits are tested, int32 [seeds, digits], and trained, int32 [seeds, steps, batch].
 
     numpy's generator of a seed permutes all digits, of which the last fifth is the test set, and
-    then the others, once an epoch. steps: of the run, if it is to be cut short.
+    then the others, once per epoch. steps: of the run, if it is to be cut short.
     """
     tests, batches = [], []
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""Trains every method on the standard library's text and prints the README's table.
+"""Trains every method on the standard library's text and prints the table of docs/results.md.
 
     python benchmarks/methods.py --sparsities=0.8,0.95 --steps=800 --seeds=3
 
@@ -41,10 +41,10 @@ _MARKERS = ("<!-- benchmarks/methods.py -->", "<!-- /benchmarks/methods.py -->")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.95"], "Sparsities of all but N:M.")
 _STEPS = flags.DEFINE_integer("steps", 800, "Train steps of a run.")
 _PERIOD = flags.DEFINE_integer("period", 20, "Steps from one mask update to the next.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds a method.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per method.")
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Gin files of gin/sparsity to run.")
 _OUT = flags.DEFINE_string("out", "runs/methods.json", "Results, read and written.")
-_README = flags.DEFINE_string("readme", None, "A README to put the table into.")
+_PAGE = flags.DEFINE_string("page", None, "A page to put the table into: docs/results.md.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
 
 
@@ -110,7 +110,7 @@ def train(task: tuple[str, list[str]]) -> dict[str, float]:
 
 
 def measure(state, events: Path, steps: int) -> dict[str, float]:
-    """FLOPs relative to dense, final sparsity, and bytes of extra state a sparse weight."""
+    """FLOPs relative to dense, final sparsity, and bytes of extra state per sparse weight."""
     from t5x_sparsity.monitoring import flops
 
     optimizer = state._optimizer
@@ -143,7 +143,7 @@ def measure(state, events: Path, steps: int) -> dict[str, float]:
 
 
 def other_attention(params, length: int = 64) -> int:
-    """FLOPs a token of the attention products; the length is stdlib.gin's."""
+    """FLOPs per token of the attention products; the length is stdlib.gin's."""
     layers = [x for name, x in params["decoder"].items() if name.startswith("layers_")]
     return sum(4 * length * x["self_attention"]["query"]["kernel"].shape[1] for x in layers)
 
@@ -170,7 +170,7 @@ def key(method: str, level: float | None, seed: int) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Means over the seeds, a row a method, best at the first sparsity first."""
+    """Means over the seeds, one row per method, the best at the first sparsity first."""
     several = [float(s) for s in _SPARSITIES.value]
     rows = []
     for method in _METHODS.value:
@@ -200,7 +200,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def runs(results: dict[str, dict], method: str, level: float | None) -> list[dict]:
-    """What there is of a method at a sparsity, one result a seed."""
+    """What there is of a method at a sparsity, one result per seed."""
     keys = [key(method, level, seed) for seed in range(_SEEDS.value)]
     return [results[k] for k in keys if k in results]
 
@@ -209,8 +209,8 @@ def mean(found: list[dict], name: str) -> float:
     return statistics.mean(x[name] for x in found)
 
 
-def write_readme(path: Path, text: str) -> None:
-    """Puts the table between the README's two markers."""
+def write_page(path: Path, text: str) -> None:
+    """Puts the table between the two markers of a page."""
     before, rest = path.read_text().split(_MARKERS[0])
     after = rest.split(_MARKERS[1])[1]
     path.write_text(f"{before}{_MARKERS[0]}\n\n{text}\n\n{_MARKERS[1]}{after}")
@@ -220,7 +220,7 @@ def main(_) -> None:
     out = Path(_OUT.value)
     results = json.loads(out.read_text()) if out.exists() else {}
     todo = {k: task for k, task in tasks().items() if k not in results}
-    # a server that has imported everything, and run nothing, forks a process a run
+    # a server that has imported everything, and run nothing, forks one process per run
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["t5x_sparsity.train", "tensorboard.util.tensor_util"])
     with context.Pool(_JOBS.value, maxtasksperchild=1) as pool:
@@ -232,8 +232,8 @@ def main(_) -> None:
             os.replace(partial, out)
             print(f"{name}: {result['loss']:.4f} ({result['seconds']:.0f} s)", flush=True)
     print(table(results))
-    if _README.value:
-        write_readme(Path(_README.value), table(results))
+    if _PAGE.value:
+        write_page(Path(_PAGE.value), table(results))
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def measure(args: argparse.Namespace, devices: int) -> list[dict[str, Any]]:
     """The points of one number of devices."""
     points: list[dict[str, Any]] = []
     for dtype in args.dtypes:
-        sort_rate = 0.0  # seconds a weight, at the size before
+        sort_rate = 0.0  # seconds per weight, at the size before
         for weights, tensors in cases(args):
             case = Case(weights, tensors, dtype, devices)
             sorts = [SORT] if sort_rate * weights * 1.2 < args.sort_seconds else []

@@ -92,7 +92,7 @@ def partitioner_of(args: argparse.Namespace) -> Any:
 
 
 def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
-    """What each step of a model comes to on a chip."""
+    """What each step of a model takes on a chip."""
     import jax
     import jax.numpy as jnp
     import workload

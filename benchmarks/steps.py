@@ -6,7 +6,7 @@
 
 Methods are gin files of gin/sparsity, with their defaults but for the steps of mask updates. All
 trainers take their steps in turn, so that a drift of the machine's speed hits all alike; a first
-period of steps is left out. JaxPruner's RigL is timed beside RigL where it can be imported: see
+period of steps is left out. JaxPruner's RigL is timed next to RigL where it can be imported: see
 peer.py for how it had to be mended.
 
 Prints medians and ratios. `extra` is the time that a mask update adds to a step, in plain steps of
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--period", type=commandline.positive, default=5, help="steps between mask updates"
     )
-    parser.add_argument("--compiles", type=commandline.positive, default=1, help="timed, a step")
+    parser.add_argument("--compiles", type=commandline.positive, default=1, help="timed, per step")
     parser.add_argument(
         "--peer",
         choices=("auto", "yes", "no"),

@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = commandline.parser(__doc__)
     commandline.add_model_flags(parser)
     parser.add_argument("--method", default="rigl", help="a gin file of gin/sparsity")
-    parser.add_argument("--period", type=commandline.positive, default=100, help="steps a block")
+    parser.add_argument("--period", type=commandline.positive, default=100, help="steps per block")
     parser.add_argument("--blocks", type=commandline.positive, default=5, help="timed, a trainer")
     args = parser.parse_args(argv)
     commandline.use_devices(args.devices)
@@ -61,7 +61,7 @@ class Run:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every block, and what they come to."""
+    """Seconds of every block, and their ratio."""
     import workload
 
     from t5x_sparsity import host
@@ -113,7 +113,7 @@ def table(results: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str
         for x in results
     ]
     headers = (
-        "devices", "method", "weights", "blocks", "dense, s a block", "sparse, s a block",
+        "devices", "method", "weights", "blocks", "dense, s per block", "sparse, s per block",
         "ratio", "half of the pairs",
     )  # fmt: skip
     align = ("right", "left", *["right"] * 6)

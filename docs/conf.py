@@ -2,7 +2,7 @@
 
 The build fails on any warning, and `uncovered` makes a warning of every public name that has no
 docstring or is on no page. Notebooks are shown with the outputs that they were saved with;
-tests/test_notebooks.py runs them.
+tests/project/test_notebooks.py runs them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import t5x_sparsity
 
 project = "t5x_sparsity"
-copyright = "the t5x_sparsity authors"
+copyright = "the t5x_sparsity developers"
 version = release = t5x_sparsity.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -49,22 +49,44 @@ maximum_signature_line_length = 90
 napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 
-# Modules whose functions and classes are documented beside the names of the package itself.
+# Modules whose functions and classes are documented next to the names of the package itself.
 MODULES = (
-    "algorithms.base",
+    "ahead_of_time.program",
+    "ahead_of_time.slices",
+    "algorithms.common",
     "algorithms.drop_and_grow",
     "algorithms.gradual",
-    "core",
-    "distributions",
-    "flops",
-    "mask_metrics",
-    "masks",
-    "metrics",
-    "patterns",
-    "plan",
-    "schedules",
-    "select",
-    "selection",
+    "algorithms.straight_through",
+    "artifacts.checkpoint",
+    "artifacts.compression",
+    "artifacts.encodings",
+    "artifacts.events",
+    "artifacts.export",
+    "artifacts.found_patterns",
+    "artifacts.macros",
+    "artifacts.record",
+    "core.contract",
+    "core.distributions",
+    "core.exact_sums",
+    "core.matrix_axes",
+    "core.optimizer_slots",
+    "core.packing",
+    "core.patterns",
+    "core.plan",
+    "core.schedules",
+    "core.selection",
+    "core.stacking",
+    "core.topk",
+    "core.train_step",
+    "core.trees",
+    "monitoring.flops",
+    "monitoring.mask_metrics",
+    "monitoring.matrix_products",
+    "monitoring.summary",
+    "monitoring.text_table",
+    "scaling.intervals",
+    "scaling.law",
+    "scaling.optimum",
     "transformation",
 )
 
@@ -78,7 +100,7 @@ _LISTED = {
 # Links out of this folder, as on GitHub, and the pages that they are on the site.
 _PAGES = {
     "../CHANGELOG.md": "/changelog",
-    "../README.md": "/index",
+    "../CONTRIBUTING.md": "/contributing",
     "../examples/mnist_optax.ipynb": "/notebooks/mnist_optax",
     "../examples/sparse_t5.ipynb": "/notebooks/sparse_t5",
 }
@@ -101,7 +123,7 @@ def _is_at_top(name: str, value: object) -> bool:
 
 
 def uncovered(documented: Set[str]) -> list[str]:
-    """What is wrong with the API pages, a sentence each.
+    """What is wrong with the API pages, one sentence each.
 
     documented: full names of what the pages describe.
     """

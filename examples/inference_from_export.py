@@ -7,7 +7,7 @@
 It runs the embedded host's decoder: once as it is, its weights dense arrays, and once with every
 sparse kernel a BCOO of jax.experimental.sparse, from the same file. It prints by how much the
 logits differ, since sums run in another order, and both times. `--products` times single products
-of T5 1.1 base's size instead, at several sparsities, beside SciPy's CSR; it needs no file.
+of T5 1.1 base's size instead, at several sparsities, next to SciPy's CSR; it needs no file.
 """
 
 import argparse

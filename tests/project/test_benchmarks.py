@@ -48,7 +48,7 @@ def test_selection_is_timed_beside_a_sort_that_moves_the_weights(script):
     ours, sort = points["ours", 1]["collectives"], points["sort", 1]["collectives"]
     assert set(ours) == {"all-reduce"} and ours["all-reduce"]["bytes"] < WEIGHTS
     assert sort["all-gather"]["bytes"] >= 4 * WEIGHTS
-    # two tensors are no more work for the network than one; shorter ones may take a pass less
+    # two tensors are no more work for the network than one; shorter ones may take one pass less
     two = points["ours", 2]["collectives"]["all-reduce"]
     assert 0 < two["count"] <= ours["all-reduce"]["count"]
 
@@ -76,7 +76,7 @@ def test_a_selection_too_large_for_the_memory_is_compiled_only(script, monkeypat
     assert "not run" in selection.table({"points": [point]})
 
 
-def test_the_plot_has_a_curve_a_case_and_is_small(script, tmp_path):
+def test_the_plot_has_one_curve_per_case_and_is_small(script, tmp_path):
     pytest.importorskip("matplotlib")
     selection = script("selection")
     points = [
@@ -117,7 +117,7 @@ def test_jaxpruner_s_maps_leave_none_alone(script):
         "a": 3,
         "b": None,
     }
-    # an absent level comes to the function, as JaxPruner's first masks need it
+    # an absent level reaches the function, as JaxPruner's first masks need it
     assert tree_map(lambda x, y: (x, y), {"a": 1}, {"a": None}) == {"a": (1, None)}
 
 
@@ -248,7 +248,7 @@ def test_markers_of_the_pages_belong_to_figures(script):
     for page in figures.PAGES:
         figures.check_markers((tiny_t5.ROOT / page).read_text())
     docs = (tiny_t5.ROOT / "docs/benchmarks.md").read_text()
-    assert set(figures.OPENING.findall(docs)) == set(figures.BLOCKS) - {"steps"}
+    assert set(figures.OPENING.findall(docs)) == set(figures.BLOCKS)
     with pytest.raises(ValueError, match="no figures are called 'stepz'; there are steps, "):
         figures.check_markers("<!-- figures: stepz -->")
     with pytest.raises(ValueError, match="needs a '<!-- /figures: steps -->'"):

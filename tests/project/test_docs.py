@@ -1,14 +1,17 @@
-"""The docs: their tables are what the code is, and their example is run as it stands."""
+"""The README and the docs: their tables are what the code is, and their example runs as it is."""
 
 import contextlib
 import io
+import pkgutil
 import re
 import subprocess
+import tomllib
 
 import gin
 import jax.numpy as jnp
 import model_table
 import numpy as np
+import optax
 import optimizer_table
 import pytest
 import tiny_t5
@@ -34,6 +37,17 @@ def tables(page):
     ]
 
 
+def assert_links_lead_somewhere(text, folder):
+    """That the files and headings are there to which a page of `folder` links."""
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", text):
+        name, _, place = link.partition("#")
+        assert (folder / name).exists(), link
+        if place:
+            headings = re.findall(r"^#+ (.*)$", (folder / name).read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert place in slugs, link
+
+
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.DOTALL)
 
@@ -51,6 +65,26 @@ def extra_state(config):
     state = init_state(config, config.plan(weights), weights)
     arrays = [x for slot in state.slots.values() for x in slot.values()]
     return sum(x.nbytes for x in arrays) / weights["kernel"].size
+
+
+def shown_imports():
+    """(file, module, name) of every import of ours that a page or an example shows."""
+    files = [tiny_t5.ROOT / "README.md", *DOCS.glob("*.md")]
+    files += [p for p in (tiny_t5.ROOT / "examples").iterdir() if p.suffix in (".py", ".ipynb")]
+    pattern = r"^[ \"]*from (t5x_sparsity[\w.]*) import ([\w, ]+)"
+    for path in sorted(files):
+        for module, names in re.findall(pattern, path.read_text(), re.MULTILINE):
+            yield from ((path.name, module, name.strip()) for name in names.split(","))
+
+
+def test_imports_that_pages_and_examples_show_work():
+    shown = list(shown_imports())
+    assert len({page for page, _, _ in shown}) > 5 and len(shown) > 10
+    for page, module, name in shown:
+        try:
+            pkgutil.resolve_name(f"{module}.{name}")
+        except (ImportError, AttributeError) as e:
+            raise AssertionError(f"{page} shows an import that fails: {e}") from e
 
 
 def test_every_method_has_a_row_in_both_tables():
@@ -106,9 +140,9 @@ def test_files_that_a_page_names_are_there(page):
     for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
         assert (tiny_t5.ROOT / name).exists() or (tiny_t5.ROOT / "gin" / name).exists(), name
     for name in re.findall(r"`(\w+\.py)`", text):
-        assert name == "my_pruner.py" or (tiny_t5.ROOT / "t5x_sparsity/algorithms" / name).exists()
-    for name in re.findall(r"\]\((?!http)([^)]*)\)", text):
-        assert (DOCS / name).exists(), name
+        folders = [tiny_t5.ROOT / "t5x_sparsity", tiny_t5.ROOT / "t5x_sparsity/algorithms"]
+        assert name == "my_pruner.py" or any((x / name).exists() for x in folders), name
+    assert_links_lead_somewhere(text, DOCS)
 
 
 def test_the_example_of_a_new_method_trains(tmp_path):
@@ -162,3 +196,129 @@ def test_the_example_with_optax_prints_what_the_page_says(tmp_path, monkeypatch)
             compile(magnitude.replace("MyPruner(", "Magnitude("), "new_algorithm.md", "exec"), scope
         )
     assert scope["kernel"].tolist() == [[8.0, 0.0], [4.0, 0.0]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_the_top_pages_lead_somewhere(page):
+    text = (tiny_t5.ROOT / page).read_text()
+    assert_links_lead_somewhere(text, tiny_t5.ROOT)
+    for name in re.findall(r"`((?:[\w.]+/)+\w+\.\w+)`", text):
+        assert (tiny_t5.ROOT / name).exists(), name
+
+
+def test_the_readme_is_short_and_has_two_commands():
+    text = (tiny_t5.ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    found = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.DOTALL)
+    assert len(found) == 2 and all(block.count("\n") == 1 for block in found)
+    assert "t5x_sparsity.train --gin_file=examples/rigl_stdlib.gin" in found[0]
+    assert found[1].endswith("-m pytest\n")
+
+
+def test_the_readme_s_lines_for_optax_run():
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (tiny_t5.ROOT / "README.md").read_text(), re.M | re.DOTALL
+    )
+    scope = {"ts": ts, "optax": optax, "params": {"kernel": jnp.ones((8, 20))}}
+    exec(code, scope)
+    masked = ts.apply_masks(scope["params"], scope["state"])
+    assert np.count_nonzero(masked["kernel"]) == 16
+
+
+def test_the_readme_s_methods_are_those_of_the_gin_files():
+    text = (tiny_t5.ROOT / "README.md").read_text().partition("## Methods")[2]
+    families = re.findall(r"^- \*\*[\w ]+\*\*: ((?:.|\n  )*)\.$", text, re.MULTILINE)
+    names = [name for family in families for name in family.replace("\n ", "").split(", ")]
+    assert len(names) == len(set(names)) == len(INCLUDES) - 1  # dense is the baseline
+    assert re.search(rf"^\| methods that train sparse \| {len(names)} \|", text, re.MULTILINE)
+
+
+def test_the_readme_compares_with_jaxpruner_by_the_measured_figures():
+    text = (tiny_t5.ROOT / "README.md").read_text().partition("## Against JaxPruner")[2]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    measured = {row[1]: row for row in tables("benchmarks.md")[0] if row[0] == "4"}
+    ours, theirs = measured["rigl"], measured["JaxPruner rigl"]
+    assert [row[1:] for row in rows[:3]] == [
+        (ours[3], theirs[3]),
+        (ours[4].split(",")[0], theirs[4].split(",")[0]),
+        (ours[6], theirs[6]),
+    ]
+    assert f"has {measured['dense'][4]}" in rows[1][0] and len(rows) == 4
+
+
+def test_extras_that_a_page_names_are_there():
+    pages = [tiny_t5.ROOT / "README.md", tiny_t5.ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    project = tomllib.loads((tiny_t5.ROOT / "pyproject.toml").read_text())["project"]
+    declared = set(project["optional-dependencies"])
+    named = {
+        extra
+        for page in pages
+        for extras in re.findall(r"(?:\.|t5x_sparsity)\[([\w,]+)\]", page.read_text())
+        for extra in extras.split(",")
+    }
+    assert "embedded" in named and named <= declared
+    table = tables("installation.md")[0]
+    rows = {name for row in table[1:] for name in re.findall(r"`\[(\w+)\]`", row[0])}
+    assert rows == declared
+
+
+def test_the_design_names_every_layer_and_every_module_of_the_core():
+    layers, core = tables("design.md")[:2]
+    package = tiny_t5.ROOT / "t5x_sparsity"
+    named = [name for row in layers[1:] for name in re.findall(r"`([\w.]+)/?`", row[0])]
+    there = {p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert sorted(named) == sorted(there - {"__init__.py"})
+    modules = [name for row in core[1:] for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(modules) == sorted(p.stem for p in package.glob("core/[!_]*.py"))
+
+
+def test_modules_that_the_design_names_are_there():
+    text = (DOCS / "design.md").read_text()
+    layers = "core|algorithms|artifacts|monitoring|scaling|ahead_of_time|t5x|embedded"
+    named = set(re.findall(rf"`((?:{layers})\.\w+)[`.]", text))
+    assert len(named) > 8
+    for name in named:
+        assert (tiny_t5.ROOT / "t5x_sparsity" / f"{name.replace('.', '/')}.py").exists(), name
+
+
+def test_the_three_files_to_read_first_are_short():
+    text = (tiny_t5.ROOT / "CONTRIBUTING.md").read_text()
+    first = re.findall(r"^\d\. `([\w/]+\.py)`:", text.partition("## Check")[0], re.MULTILINE)
+    assert len(first) == 3
+    lines = sum((tiny_t5.ROOT / name).read_text().count("\n") for name in first)
+    assert abs(lines - int(re.search(r"about (\d+) lines", text)[1])) < 100
+
+
+# what other packages say
+_NOT_OURS = ("Couldn't resolve selector", "Encountered error while", "No bindings specified for")
+
+
+def test_errors_are_listed_by_the_text_that_they_have():
+    """Each text of the guide's table is in a message: its parts are found in one file of ours."""
+    rows = [row for table in tables("t5x.md") if table[0][0] == "the error says" for row in table]
+    texts = [text for row in rows[1:] for text in re.findall(r"`([^`]+)`", row[0])]
+    assert len(texts) > 15
+    files = [
+        re.sub(r'"\s*\n\s*(?:rf|fr|f|r)?"', "", p.read_text())
+        for p in (tiny_t5.ROOT / "t5x_sparsity").rglob("*.py")
+    ]
+    for text in texts:
+        if text.startswith(_NOT_OURS):
+            continue
+        parts = [x.strip() for x in re.split(r"\.\.\.|SPARSTY", text) if x.strip()]
+        assert any(all(part in file for part in parts) for file in files), text
+
+
+def test_hooks_and_the_workflow_run_what_ci_runs():
+    hooks = (tiny_t5.ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (\w+)", hooks) == ["local"]  # a hook must not fetch
+    entries = re.findall(r"entry: (.*)", hooks)
+    page = (tiny_t5.ROOT / "CONTRIBUTING.md").read_text()
+    assert len(entries) == 4 and all(f"`{entry}`" in page.replace("\n", " ") for entry in entries)
+    assert {entry.split()[0] for entry in entries} == {".ci/check"}
+    workflow = (tiny_t5.ROOT / ".github/workflows/check.yml").read_text()
+    runs = re.findall(r"- run: (.*)", workflow)
+    assert runs == [".ci/run"] and (tiny_t5.ROOT / runs[0]).exists()
+    pythons = re.findall(r"3\.\d+", re.search(r"python: \[(.*)\]", workflow)[1])
+    readme = (tiny_t5.ROOT / "README.md").read_text()
+    assert re.search(r"Python (\S+) to (\S+) and", readme).groups() == (pythons[0], pythons[-1])

@@ -51,7 +51,7 @@ def test_two_methods_train_and_resume(tmp_path, capsys, monkeypatch):
     first = capsys.readouterr().out
     results = json.loads(out.read_text())
     assert [name.split()[0] for name in results] == ["static", "rigl"]
-    # 6 steps: a batch of all 40 digits an epoch
+    # 6 steps: one batch of all 40 digits per epoch
     kept = round(0.1 * (16 * 300 + 300 * 100)) + 100 * 10
     for result in results.values():
         assert len(result["accuracy"]) == len(result["weights"]) == 2

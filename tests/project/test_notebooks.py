@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and come to what they say."""
+"""The notebooks run from top to bottom, and end at what they say."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ NOTEBOOKS = sorted(p.name for p in EXAMPLES.glob("*.ipynb"))
 
 
 def run(name, folder, result):
-    """What the expression `result` comes to at the end of the notebook, run in `folder`."""
+    """The value of the expression `result` at the end of the notebook, run in `folder`."""
     for needed in ("nbclient", "ipykernel", "matplotlib", "mlxtend"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"needs {needed}: pip install '.[docs]'")

@@ -64,7 +64,9 @@ def test_quick_start_keeps_what_it_says():
 
 @pytest.mark.parametrize("page", ["faq.md", "migration.md", "quickstart.md", "index.md"])
 def test_names_of_ours_are_there(page):
-    names = set(re.findall(r"\bts\.([A-Za-z_][\w.]*\w)", (DOCS / page).read_text()))
+    text = (DOCS / page).read_text()
+    names = set(re.findall(r"\bts\.([A-Za-z_][\w.]*\w)", text))
+    names |= set(re.findall(r"`t5x_sparsity\.([A-Za-z_][\w.]*\w)", text))
     assert len(names) > (40 if page == "migration.md" else 1)
     for name in names:
         pkgutil.resolve_name(f"t5x_sparsity.{name}")
