@@ -7,15 +7,18 @@ setup(
         *find_packages(include=["t5x_sparsity", "t5x_sparsity.*"]),
         "sparsity",
         "sparsity.embedded",
+        "sparsity.shared",
     ],
     package_dir={
         "t5x_sparsity": "t5x_sparsity",
         "sparsity": "gin/sparsity",
         "sparsity.embedded": "gin/sparsity/embedded",
+        "sparsity.shared": "gin/sparsity/shared",
     },
     package_data={
         "sparsity": ["*.gin"],
         "sparsity.embedded": ["*.gin"],
+        "sparsity.shared": ["*.gin"],
         "t5x_sparsity": ["py.typed"],
         "t5x_sparsity.commands": ["*/*.html", "*/*.css", "*/*.js"],
     },

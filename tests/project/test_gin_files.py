@@ -243,3 +243,30 @@ def test_head_says_what_it_is_and_how_it_is_used(path):
     assert "from __gin__ import dynamic_registration" in text
     for name in re.findall(r"^include '(.*)'", text, flags=re.MULTILINE):
         assert name.startswith("t5x/") or (ROOT / "gin" / name).is_file(), name
+
+
+SHARED = sorted((ROOT / "gin/sparsity/shared").glob("*.gin"))
+
+
+def bound_in(path):
+    return re.findall(r"^([A-Z_]+) = ", path.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [*SHARED, *METHODS], ids=lambda path: path.stem)
+def test_every_macro_has_its_comment_where_it_is_bound(path):
+    for name in bound_in(path):
+        assert re.search(rf"\n\n(# .+\n)+{name} = ", path.read_text()), name
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_a_method_names_the_macros_that_its_includes_have(method):
+    lines = method.read_text().splitlines()
+    for i, line in enumerate(lines):
+        if "sparsity/shared/" not in line:
+            continue
+        include, _, comment = line.partition("  # ")
+        path = ROOT / "gin" / include.split("'")[1]
+        nested = re.findall(r"^include '(.*)'", path.read_text(), flags=re.MULTILINE)
+        names = [n for p in (path, *(ROOT / "gin" / p for p in nested)) for n in bound_in(p)]
+        named = (comment or lines[i - 1].removeprefix("# ")).split(", ")
+        assert sorted(named) == sorted(names), line
