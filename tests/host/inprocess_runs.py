@@ -26,7 +26,7 @@ def _examples(split, shuffle_files, seed=None):
 @functools.cache
 def task(features=("targets",)):
     """The name of a task of random tokens; it is registered at the first call."""
-    name = "_".join(("whole_runs", *features))
+    name = "_".join(("random_tokens", *features))
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(_examples, splits=("train", "validation")),
@@ -146,6 +146,8 @@ def leaves(state):
 
 
 def assert_same(a, b):
+    """Asserts that leaves by path are the same, dtypes included."""
     assert a.keys() == b.keys()
     for path in a:
+        assert a[path].dtype == b[path].dtype, path
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
