@@ -16,6 +16,7 @@ setup(
     package_data={
         "sparsity": ["*.gin"],
         "sparsity.embedded": ["*.gin"],
-        "t5x_sparsity.commands.report": ["*.css", "*.js"],
+        "t5x_sparsity": ["py.typed"],
+        "t5x_sparsity.commands": ["*/*.html", "*/*.css", "*/*.js"],
     },
 )

@@ -53,12 +53,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commandline.use_devices(1)
     import workload
 
+    from t5x_sparsity import host
     from t5x_sparsity.ahead_of_time import slices as aot
 
     if args.method not in workload.methods():
         parser.error(f"unknown method {args.method!r}; choose from {', '.join(workload.methods())}")
     try:
-        args.slice = aot.get_slice(args.topology)
+        args.slice = aot.get_slice(args.topology, one_process=host.NAME == "embedded")
     except aot.TopologyError as e:
         parser.error(str(e))
     chips = len(args.slice.devices)

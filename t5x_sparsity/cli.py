@@ -1,21 +1,22 @@
-"""The command `t5x-sparsity`: a module here reads the arguments of each subcommand.
+"""The command `t5x-sparsity`: parses its arguments and dispatches to a subcommand.
 
-What a subcommand does is in `t5x_sparsity.commands`, and is imported once it is asked for; here is
-only the standard library, so that help is there at once.
+The subcommands are in `t5x_sparsity.commands`. Until one is asked for, only the standard library is
+imported, so that help is there at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-_DESCRIPTION = "Plans sparse runs of T5X, looks into them, and takes their weights away."
+from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
+from t5x_sparsity.commands import CommandError, one_line, quiet
+
+_DESCRIPTION = "Plans sparse runs of T5X, looks into them, and exports their weights."
 _EPILOG = (
     "Exit codes: 0; 2 for what can't be done as asked, with one line that says why; 130 if "
     "interrupted."
@@ -38,23 +39,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parsers()
     try:
-        values, unknown = parser.parse_known_args(_with_bindings(arguments))
+        try:
+            arguments = rewrite_gin_args(arguments)
+        except ValueError as e:
+            parser.error(str(e).rstrip("."))
+        values, unknown = parser.parse_known_args(arguments)
         if unknown:
             commands[values.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as e:
         return int(e.code or 0)
-    return values.run(values)
+    return _run(values)
 
 
-def run(name: str, options: Any) -> int:
-    """Runs `t5x_sparsity.commands.<name>.command.run`; an error of the user's is one line, and 2.
+def _run(values: argparse.Namespace) -> int:
+    """Runs the subcommand asked for; an error of the user's is one line, and 2.
 
     Nothing runs on an accelerator, so none is taken.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from t5x_sparsity.commands import CommandError, one_line
-
+    if "prepare" in values:
+        values.prepare(values)
+    name = values.command.replace("-", "_")
+    fields = dataclasses.fields(values.options)
+    options = values.options(**{f.name: getattr(values, f.name) for f in fields})
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a name that a terminal can't show is no reason to fail
@@ -71,16 +79,17 @@ def run(name: str, options: Any) -> int:
         _drop_output()
         return 0
     except (CommandError, ImportError, OSError) as e:
-        print(f"t5x-sparsity {name.replace('_', '-')}: error: {one_line(e)}", file=sys.stderr)
+        error = one_line(e)
+        if isinstance(e, ModuleNotFoundError):
+            error = (
+                f"{e.name} isn't installed; run pip install 't5x_sparsity[{values.extra}]', which "
+                "has all that this command needs"
+            )
+        print(f"t5x-sparsity {values.command}: error: {error}", file=sys.stderr)
         _drop_output()
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def options_of(cls: type, values: argparse.Namespace) -> Any:
-    """The options of a subcommand, from arguments of the same names."""
-    return cls(**{f.name: getattr(values, f.name) for f in dataclasses.fields(cls)})
 
 
 def _drop_output() -> None:
@@ -92,7 +101,7 @@ def _drop_output() -> None:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """That of the command, and those of its subcommands by name."""
+    """The parser of the command, and those of its subcommands by name."""
     parser = Parser(
         prog="t5x-sparsity", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
     )
@@ -107,35 +116,6 @@ def _version() -> str:
     from t5x_sparsity import __version__
 
     return f"t5x-sparsity {__version__}"
-
-
-def _with_bindings(arguments: Sequence[str]) -> list[str]:
-    """The arguments, each `--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`."""
-    found = []
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--gin.").partition("=")
-        if argument.startswith("--gin.") and name and equals:
-            argument = f"--gin_bindings={name} = {value}"
-        found.append(argument)
-    return found
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what libraries of C++ say of themselves as they are imported."""
-    if sys.stderr is None:
-        yield
-        return
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
 
 
 if __name__ == "__main__":

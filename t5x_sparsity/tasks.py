@@ -7,7 +7,7 @@ Importing this module registers two seqio tasks; their files are found and read 
 
 `text_folder` registers the same kind of task over a folder. Each file is cut into consecutive
 chunks as long as TASK_FEATURE_LENGTHS says, so all text is used and only a file's last can be
-short: packing gains next to nothing. A chunk ends where its length ends, perhaps inside a
+short: packing gains almost nothing. A chunk ends where its length ends, perhaps inside a
 character, and no EOS is added. About one file in twenty is held out as the split `validation`,
 chosen by a hash of its name within the folder.
 """
@@ -110,7 +110,7 @@ def _folder_files(path: str, pattern: str) -> dict[str, str]:
         for name in names:
             full = os.path.join(folder, name)
             relative = os.path.relpath(full, path).replace(os.sep, "/")
-            # Empty files give no examples. Elsewhere than here, asking would take a call a file.
+            # Empty files give no examples. Elsewhere, asking would take one call per file.
             if matches(relative) and (not _is_local(path) or os.path.getsize(full)):
                 files[relative] = full
     if len(files) < 2:
@@ -310,7 +310,7 @@ def byte_unigram_nats(
     task_feature_lengths: Mapping[str, int] | None = None,
     split: str = "validation",
 ) -> float:
-    """Returns the cross entropy, in nats a byte, of a unigram model: what any model must beat.
+    """Returns the cross entropy, in nats per byte, of a unigram model: what any model must beat.
 
     The model is the frequencies of the bytes in split `train`, one added to each of the 256
     counts; the mean is over the target bytes of all of `split`.

@@ -6,7 +6,7 @@ The flags are those of T5X's own train script, and `--host` to force one of the 
 
 Another --gin_file=sparsity/<method>.gin, the last, trains by another method. Each of those files
 lists its macros, such as SPARSITY, with their ranges and defaults. `t5x-sparsity plan` takes the
-same flags and shows what the run would be; inspect, report and export look into one.
+same flags and shows what the run would be; inspect, report and export look into a run.
 
 Exit codes: 0; 2 for gin files and bindings that can't be read, with one line that says why; 1 for
 all else.
@@ -44,7 +44,7 @@ if __name__ == "__main__" and _host_argument(sys.argv):
     os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
 
 from t5x_sparsity.artifacts.gin_values import check_bindings
-from t5x_sparsity.cli import quiet
+from t5x_sparsity.commands import one_line, quiet
 
 with quiet():
     import gin
@@ -91,8 +91,8 @@ def _join_processes(values) -> None:
 
 
 def _stop(error: object) -> NoReturn:
-    """Ends the command with one line, before anything runs."""
-    print(f"t5x_sparsity.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Ends the command with one line of error, before anything runs."""
+    print(f"t5x_sparsity.train: error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

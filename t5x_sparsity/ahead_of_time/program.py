@@ -1,7 +1,7 @@
-"""What one compiled program comes to on each device: memory, FLOPs, and what it moves.
+"""What one compiled program takes on each device: memory, FLOPs, and what it moves.
 
-Read off what XLA says of it, its text included, so it holds for programs compiled ahead of time for
-devices that are not here. Knows nothing of sparsity.
+All is read from what XLA reports, the program's text included. So it also holds for programs that
+are compiled ahead of time, for devices that are not here. Knows nothing of sparsity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Collective(NamedTuple):
     """All the collectives of one kind in one run of a program.
 
     Attributes:
-      count: how many one device takes part in, those of a loop as often as it turns.
+      count: how many one device takes part in, those in a loop once per iteration.
       bytes: of the larger of input and output on one device, summed over them.
     """
 
@@ -34,13 +34,13 @@ class CompiledStep:
     Attributes:
       argument_bytes: of all inputs.
       output_bytes: of all outputs, donated ones included.
-      alias_bytes: of the outputs that take the place of donated inputs.
+      alias_bytes: of the outputs that replace donated inputs.
       temp_bytes: of what lives only while it runs.
       code_bytes: of the program itself.
       peak_bytes: inputs, outputs, temporaries and code together, what is donated counted once.
-      flops: as XLA counts them; it takes the body of a loop once.
+      flops: as XLA counts them, the body of a loop once.
       collectives: kind -> `Collective`, for the kinds there are.
-      open_loops: loops with collectives whose number of turns the text doesn't say; counted once.
+      open_loops: loops with collectives whose number of iterations is unknown; counted once.
     """
 
     argument_bytes: int
@@ -78,9 +78,9 @@ def describe(compiled: Any) -> CompiledStep:
 
 
 def collectives(text: str) -> tuple[dict[str, Collective], int]:
-    """({kind: Collective}, loops with collectives that turn no one knows how often).
+    """({kind: Collective}, number of loops with collectives and unknown iterations).
 
-    text: of a compiled module. Of a conditional every branch counts.
+    text: of a compiled module. Every branch of a conditional counts.
     """
     computations, entry = _parse(text)
     memo: dict[str, tuple[dict[str, Collective], int]] = {}
@@ -104,10 +104,12 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
             elif x.op == "while":
                 inner, unknown_inside = of(_attribute(x, "body"))
                 test, unknown_in_test = of(_attribute(x, "condition"))
-                turns = _turns(x, body, computations)
-                unknown += unknown_inside + unknown_in_test + (turns is None and bool(inner | test))
-                add(inner, 1 if turns is None else turns)
-                add(test, 1 if turns is None else turns + 1)
+                iterations = _iterations(x, body, computations)
+                unknown += (
+                    unknown_inside + unknown_in_test + (iterations is None and bool(inner | test))
+                )
+                add(inner, 1 if iterations is None else iterations)
+                add(test, 1 if iterations is None else iterations + 1)
             elif x.op not in ("async-update", "async-done"):  # they name what async-start calls
                 for called in _called(x):
                     found, unknown_inside = of(called)
@@ -218,12 +220,12 @@ def _bytes(type_: str) -> int:
     return total
 
 
-def _turns(
+def _iterations(
     x: _Instruction,
     body: Mapping[str, _Instruction],
     computations: Mapping[str, Mapping[str, _Instruction]],
 ) -> int | None:
-    """How often a while loop turns: as XLA notes it, or from a condition `i < constant`."""
+    """The iterations of a while loop: as XLA notes them, or from a condition `i < constant`."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', x.attributes):
         return int(match[1])
     condition = computations.get(_attribute(x, "condition"), {})

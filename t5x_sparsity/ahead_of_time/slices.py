@@ -9,18 +9,17 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_sparsity import host
+from t5x_sparsity.ahead_of_time.environment import TPU_ENVIRONMENT
+from t5x_sparsity.ahead_of_time.patches import jax_devices
 from t5x_sparsity.ahead_of_time.program import CompiledStep, describe
-from t5x_sparsity.commands.plan.options import TPU_ENVIRONMENT
 
 _KINDS = "v4:2x2x2, v5e:4x4, v5p:2x2x2 or v6e:4x4"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -35,14 +34,16 @@ class Slice:
     """A TPU slice, as libtpu describes it.
 
     Attributes:
-      name: that it was asked for by.
+      name: by which it was asked for.
       devices: all of them; a process has `local_devices` of them.
-      hbm_bytes: memory of a device that a program can use; None: libtpu doesn't say.
+      hbm_bytes: memory of a device that a program can use; None where libtpu doesn't say.
+      one_process: whether one process has all devices, as on the embedded host.
     """
 
     name: str
     devices: tuple[Any, ...]
     hbm_bytes: int | None
+    one_process: bool = False
 
     @property
     def kind(self) -> str:
@@ -50,18 +51,18 @@ class Slice:
 
     @property
     def local_devices(self) -> list[Any]:
-        return [d for d in self.devices if d.process_index == 0]
+        return [d for d in self.devices if self.one_process or d.process_index == 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What came of compiling one step.
+    """The result of compiling one step.
 
     Attributes:
-      seconds: of tracing and compiling.
-      step: what it comes to; None where it was refused for memory.
-      needed_bytes: of a device's memory; None where libtpu refused it without saying.
-      available_bytes: likewise, of what there is.
+      seconds: that tracing and compiling took.
+      step: what it takes; None where it was refused for memory.
+      needed_bytes: of a device's memory; None where libtpu refused it without a number.
+      available_bytes: of a device's memory; None where libtpu doesn't say.
     """
 
     seconds: float
@@ -74,8 +75,8 @@ class Compilation:
         return self.step is not None
 
 
-def get_slice(name: str) -> Slice:
-    """The slice of a name such as 'v5e:4x4'.
+def get_slice(name: str, *, one_process: bool = False) -> Slice:
+    """The slice of a name such as 'v5e:4x4'; see `Slice` for `one_process`.
 
     Raises:
       TopologyError: libtpu is not installed, or knows none of this name.
@@ -98,11 +99,11 @@ def get_slice(name: str) -> Slice:
             f"libtpu knows no TPU slice {name!r} ({' '.join(str(e).split())}); give one such as "
             f"{_KINDS}"
         ) from e
-    return Slice(name, tuple(devices), _usable_bytes(devices[0]))
+    return Slice(name, tuple(devices), _usable_bytes(devices[0]), one_process)
 
 
 def _usable_bytes(device: Any) -> int | None:
-    """Device memory as libtpu sees it: it says so when it refuses a program that needs more."""
+    """Usable device memory, which libtpu names when it refuses a program that needs more."""
     sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     far_too_large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=sharding)
     try:
@@ -129,22 +130,13 @@ def refusal(message: str) -> tuple[int | None, int | None]:
     return None, None
 
 
-@contextlib.contextmanager
-def on_slice(devices: Slice) -> Iterator[None]:
-    """Has JAX name the slice's devices to those who ask; nothing can run on them."""
-    # the embedded host runs as one process, to which all devices are local
-    local = devices.local_devices if host.NAME == "t5x" else list(devices.devices)
-    with (
-        mock.patch.object(jax, "devices", lambda backend=None: list(devices.devices)),
-        mock.patch.object(jax, "local_devices", lambda *args, **kwargs: local),
-        mock.patch.object(jax, "device_count", lambda backend=None: len(devices.devices)),
-        mock.patch.object(jax, "local_device_count", lambda backend=None: len(local)),
-    ):
-        yield
+def on_slice(devices: Slice) -> contextlib.AbstractContextManager[None]:
+    """A context in which JAX names the slice's devices; nothing can run on them."""
+    return jax_devices(devices.devices, devices.local_devices)
 
 
 def use_slice(partitioner: Any, devices: Slice) -> Mesh:
-    """Gives the partitioner the mesh that it would make on the slice, and returns it.
+    """Gives the partitioner the mesh that it would make on the slice, and returns the mesh.
 
     Raises:
       TopologyError: it makes none there.
@@ -164,11 +156,11 @@ def use_slice(partitioner: Any, devices: Slice) -> Mesh:
 
 
 def _remedy(partitioner: Any, devices: Slice) -> str:
-    """How T5X can be given a mesh; the embedded host says so itself."""
+    """How T5X's partitioner can be given a mesh; the embedded host's says so itself."""
     option = "--gin.partitioning.PjitPartitioner"
-    if host.NAME == "embedded":
+    if not hasattr(partitioner, "_model_parallel_submesh"):
         return ""
-    asked = getattr(partitioner, "_model_parallel_submesh", None)
+    asked = partitioner._model_parallel_submesh
     ways = math.prod(asked) if asked else getattr(partitioner, "_num_partitions", None) or 1
     bounds = [max(d.coords[i] for d in devices.devices) + 1 for i in range(3)]
     bounds.append(max(d.core_on_chip for d in devices.devices) + 1)

@@ -1,6 +1,6 @@
-"""Reads what a run has left in its folder: TensorBoard events, `sparsity.json`, `config.gin`.
+"""Reads what a run wrote to its folder: TensorBoard events, `sparsity.json`, `config.gin`.
 
-TensorFlow isn't imported for it, which would take longer than the reading.
+TensorFlow isn't imported: that would take longer than the reading.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Histogram(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run has left in its folder.
+    """What a run wrote to its folder.
 
     Attributes:
       folder: of the run.
@@ -93,7 +93,7 @@ class Run:
       config: `config.gin` as text, None where there is none.
       bindings: name -> value as text, of `config`; macros by their bare name.
       weights: of the model, from `model-info.txt`; None where unknown.
-      remarks: what could not be read in full, a sentence each.
+      remarks: one sentence per file or value that could not be read in full.
     """
 
     folder: str
@@ -116,8 +116,8 @@ class Run:
 def read_run(folder: str) -> Run:
     """Reads the folder of a run, finished, stopped or still going.
 
-    A run that was resumed has several files of events. What a later one has from its first step on
-    stands in place of what earlier ones have there, for each name by itself.
+    A run that was resumed has several files of events. For each name, a later file replaces what
+    earlier files have from its first step on.
 
     Args:
       folder: MODEL_DIR of the run, of either host. Reads no checkpoint.
@@ -183,7 +183,7 @@ _Found = dict[str, dict[int, Any]]
 
 
 def _entries(folder: epath.Path, remarks: list[str]) -> list[epath.Path]:
-    """What is in a folder; nothing where there is none, or where it can't be read."""
+    """The entries of a folder; none where it doesn't exist or can't be read."""
     try:
         return sorted(folder.iterdir()) if folder.is_dir() else []
     except OSError as e:
@@ -219,7 +219,7 @@ def _read_events(folder: epath.Path, remarks: list[str]) -> _Found:
 
 
 def _events(data: bytes) -> tuple[list[event_pb2.Event], bool]:
-    """The events of a file as far as they are whole, and whether all are.
+    """The events of a file up to the first damaged one, and whether all are whole.
 
     A record is its length (8 bytes), a checksum of that (4), the event, a checksum of that (4).
     """
@@ -326,7 +326,7 @@ def _read_record(path: epath.Path, remarks: list[str]) -> dict[str, dict[str, An
 
 
 def _weights(text: str) -> int | None:
-    """Both hosts write the number of all weights, each in words of its own."""
+    """The number of all weights, which each host writes in its own words."""
     match = re.search(r"^(?:Weights in all|Total number of parameters): (\d+)", text, re.MULTILINE)
     return int(match[1]) if match else None
 

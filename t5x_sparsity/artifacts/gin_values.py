@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Sequence
+from typing import Any
 
 from gin import config_parser
 
@@ -44,3 +46,31 @@ def check_bindings(bindings: Sequence[str]) -> None:
                 f"{name} = {value} has no value that gin can read; a text needs quotes of its own, "
                 f"as in --gin.{name}=\"'text'\""
             ) from e
+
+
+def is_macro(statement: Any) -> bool:
+    """Whether one of gin's statements binds a macro."""
+    is_binding = isinstance(statement, config_parser.BindingStatement)
+    return is_binding and not statement.scope and not statement.arg_name
+
+
+def macros_in(text: str) -> dict[str, str]:
+    """The macros that gin text binds, each with its value as gin writes it.
+
+    What isn't gin is skipped.
+    """
+    pieces: list[str] = []
+    for line in text.splitlines(keepends=True):
+        # gin indents all of a statement but its first line; each statement is parsed alone
+        if not line[0].isspace() or not pieces:
+            pieces.append("")
+        pieces[-1] += line
+    found = {}
+    for piece in pieces:
+        try:
+            for statement in config_parser.ConfigParser(piece, AsWritten()):
+                if is_macro(statement):
+                    found[statement.selector] = repr(statement.value)
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            continue
+    return found

@@ -1,6 +1,15 @@
-"""What `t5x-sparsity` does, a module a subcommand; each is imported when it is asked for."""
+"""What `t5x-sparsity` does, one folder per subcommand, imported when it is asked for.
+
+In each folder `options.py` has the options and their parser, and `command.py` runs them. `options`
+and this module import the standard library alone, so that help is there at once.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 
 
 class CommandError(Exception):
@@ -10,3 +19,44 @@ class CommandError(Exception):
 def one_line(error: object) -> str:
     """A message, however long, as one line."""
     return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def as_command_errors(
+    prefix: str = "",
+    kinds: type[Exception] | tuple[type[Exception], ...] = (
+        ValueError,
+        TypeError,
+        KeyError,
+        AssertionError,
+    ),
+) -> Iterator[None]:
+    """Turns the errors that a user's configuration makes other code raise into a CommandError.
+
+    Every type but ValueError is named: without it, a KeyError's text says little.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except kinds as e:
+        name = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise CommandError(f"{prefix}{name}{one_line(e)}") from e
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what C++ libraries write to standard error as they are imported."""
+    if sys.stderr is None:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

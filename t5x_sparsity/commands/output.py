@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -67,12 +67,41 @@ def write_page(out: epath.Path, page: str, flag: str) -> None:
 @contextlib.contextmanager
 def spinner(what: str) -> Iterator[None]:
     """Says on standard error what is being done: a spinner on a terminal, a line elsewhere."""
+    with status(what) as say:
+        if say is None:
+            print(f"{what} ...", file=sys.stderr, flush=True)
+        yield
+
+
+@contextlib.contextmanager
+def status(what: str) -> Iterator[Callable[[str], None] | None]:
+    """Shows a spinner on a terminal; gives what changes its text, None where there is no terminal.
+
+    It is written to standard error.
+    """
+    if not _is_terminal():
+        yield None
+        return
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        yield
+    with Console(stderr=True).status(what) as shown:
+        yield shown.update
+
+
+@contextlib.contextmanager
+def progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Shows on a terminal how much of `size` bytes is done; gives what is to be told of more."""
+    if not _is_terminal():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=size)
+        yield lambda n: bar.advance(task, n)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
-import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import gin
 import jax
 import numpy as np
 
 from t5x_sparsity import host
+from t5x_sparsity.ahead_of_time.patches import gin_missing_imports, gin_search_paths, main_train
 from t5x_sparsity.artifacts.gin_values import check_bindings
-from t5x_sparsity.commands import CommandError, one_line
-from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.commands import CommandError, as_command_errors
 from t5x_sparsity.t5x import SparseTrainStateInitializer
 
-# Stand-ins: a plan needs no folder, and what makes a task may read data.
+# Stand-ins: a plan needs no folder, and making a task may read data.
 _NO_MODEL_DIR, _NO_TASK = "no_model_dir", "no_task"
-# gin computes what is bound, which here may read data, also where the caller gives another value.
+# gin computes what is bound even where the caller gives another value; this one may read data.
 _REFERENCES = "t5x_sparsity.sparse_trainer.reference_losses"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The arguments that the configuration gives to `train`, those that matter here.
+    """The arguments that the configuration gives to `train`, as far as a plan needs them.
 
     Attributes:
       model: as configured.
-      partitioner: likewise.
-      trainer_cls: likewise; sparse or not.
-      initializer_cls: likewise.
+      partitioner: as configured.
+      trainer_cls: as configured, sparse or not.
+      initializer_cls: as configured.
       batch: feature -> shape and dtype of a whole batch.
       total_steps: of the run.
-      fast_random_numbers: whether the run takes the hardware's generator.
       missing_imports: modules that the files import and that aren't installed.
     """
 
@@ -50,7 +47,6 @@ class Run:
     initializer_cls: Any
     batch: Mapping[str, jax.ShapeDtypeStruct]
     total_steps: int
-    fast_random_numbers: bool
     missing_imports: tuple[str, ...] = ()
 
     @property
@@ -102,58 +98,38 @@ def load(
     def train(**arguments):
         captured.update(arguments)
 
-    signature = inspect.signature(host.train_lib.train)
-    train.__signature__ = signature
-    train.__module__ = "__main__"
-    script = sys.modules["__main__"]
-    before = script.__dict__.get("train")
-    script.train = train
+    train.__signature__ = signature = inspect.signature(host.train_lib.train)
     missing: list[str] = []
     generator = jax.config.jax_default_prng_impl
-    paths = list(gin.config._LOCATION_PREFIXES)
-    try:
-        with gin.unlock_config():
-            gin.clear_config()
-        with (
-            _as_command_errors(),
-            _without_search_notes(),
-            gin.unlock_config(),
-            mock.patch.object(
-                gin.config,
-                "_print_unknown_import_message",
-                lambda statement, error: missing.append(statement.module),
-            ),
-        ):
-            check_bindings(bindings)
-            _parse(train, files, bindings, search_paths)
-        with _as_command_errors():
-            gin.get_configurable(train)()
-            arguments = _with_defaults(signature, captured)
-            fast = bool(arguments["use_hardware_rng"]) or (
-                host.NAME == "t5x" and arguments["random_seed"] is None
-            )
-            if fast:
-                jax.config.update("jax_default_prng_impl", "unsafe_rbg")
-            run = Run(
-                model=arguments["model"],
-                partitioner=arguments["partitioner"],
-                trainer_cls=arguments["trainer_cls"],
-                initializer_cls=arguments["train_state_initializer_cls"],
-                batch=_batch(arguments["model"], arguments["train_dataset_cfg"]),
-                total_steps=arguments["total_steps"],
-                fast_random_numbers=fast,
-                missing_imports=tuple(missing),
-            )
-        yield run
-    finally:
-        jax.config.update("jax_default_prng_impl", generator)
-        gin.config._LOCATION_PREFIXES[:] = paths
-        with gin.unlock_config():
-            gin.clear_config()
-        if before is None:
-            del script.train
-        else:
-            script.train = before
+    made = functools.partial(as_command_errors, "the gin files don't make a run: ", Exception)
+    with gin_search_paths(), main_train(train):
+        try:
+            with gin.unlock_config():
+                gin.clear_config()
+            with made(), _without_search_notes(), gin.unlock_config(), gin_missing_imports(missing):
+                check_bindings(bindings)
+                _parse(train, files, bindings, search_paths)
+            with made():
+                gin.get_configurable(train)()
+                arguments = _with_defaults(signature, captured)
+                if arguments["use_hardware_rng"] or (
+                    host.NAME == "t5x" and arguments["random_seed"] is None
+                ):
+                    jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+                run = Run(
+                    model=arguments["model"],
+                    partitioner=arguments["partitioner"],
+                    trainer_cls=arguments["trainer_cls"],
+                    initializer_cls=arguments["train_state_initializer_cls"],
+                    batch=_batch(arguments["model"], arguments["train_dataset_cfg"]),
+                    total_steps=arguments["total_steps"],
+                    missing_imports=tuple(missing),
+                )
+            yield run
+        finally:
+            jax.config.update("jax_default_prng_impl", generator)
+            with gin.unlock_config():
+                gin.clear_config()
 
 
 def _parse(train, files, bindings, search_paths) -> None:
@@ -167,8 +143,8 @@ def _parse(train, files, bindings, search_paths) -> None:
             search,
             list(files),
             list(bindings),
-            # Modules that are missing, such as those that register tasks, are passed over; a name
-            # that comes of one is an error all the same.
+            # Missing modules, such as those that register tasks, are skipped; a name from one is
+            # an error all the same.
             skip_unknown=("no configurable has this name",),
             finalize_config=False,
         )
@@ -187,7 +163,7 @@ def _parse(train, files, bindings, search_paths) -> None:
 
 @contextlib.contextmanager
 def _without_search_notes() -> Iterator[None]:
-    """gin logs each folder that has no such file as an error, and then raises one that has all."""
+    """Silences gin's log line per folder that has no such file; its error then lists them all."""
 
     def is_no_note(record) -> bool:
         return not str(record.msg).startswith("Path not found")
@@ -259,20 +235,3 @@ def _batch(model: Any, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name, length in lengths.items()
     }
-
-
-def sizes(params: Any) -> dict[str, int]:
-    """The number of entries of each weight, by path."""
-    return {p: math.prod(x.shape) for p, x in flatten(params).items()}
-
-
-@contextlib.contextmanager
-def _as_command_errors() -> Iterator[None]:
-    try:
-        yield
-    except CommandError:
-        raise
-    except Exception as e:
-        # gin says where in the files it was
-        name = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
-        raise CommandError(f"the gin files don't make a run: {name}{one_line(e)}") from e

@@ -10,7 +10,7 @@ import gin
 import jax
 from absl import app, logging
 
-_FLAG = "--gin."
+from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
 
 
 def parse_gin_flags(
@@ -38,23 +38,6 @@ def parse_gin_flags(
         finalize_config=finalize_config,
     )
     logging.info("Gin configuration:\n%s", gin.config_str())
-
-
-def rewrite_gin_args(args: Sequence[str]) -> list[str]:
-    """The same arguments, each `--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`."""
-
-    def rewrite(arg: str) -> str:
-        if not arg.startswith(_FLAG):
-            return arg
-        name, equals, value = arg.removeprefix(_FLAG).partition("=")
-        if not name.strip() or not equals:
-            raise ValueError(
-                f"The argument {arg!r} sets nothing; write {_FLAG}NAME=VALUE, such as "
-                f"{_FLAG}TRAIN_STEPS=100."
-            )
-        return f"--gin_bindings={name} = {value}"
-
-    return [rewrite(arg) for arg in args]
 
 
 def summarize_gin_config(model_dir: str, summary_writer: Any | None, step: int) -> None:

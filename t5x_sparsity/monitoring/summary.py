@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tabulate import tabulate
 
 from t5x_sparsity.core.contract import LayerPlan, Plan
 from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.monitoring.text_table import text_table
 from t5x_sparsity.transformation import find_state
 
 TOTAL = "total"
@@ -105,8 +105,8 @@ def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:
 
 
 def summary_table(rows: Sequence[LayerSummary]) -> str:
-    """The rows as text."""
-    return tabulate(
+    """The rows as text, a line per weight; it takes no library, as optax users have none."""
+    return text_table(
         [
             (
                 r.path,
@@ -119,6 +119,5 @@ def summary_table(rows: Sequence[LayerSummary]) -> str:
             for r in rows
         ],
         headers=("weight", "shape", "weights", "kept", "target", "actual"),
-        colalign=("left", "right", "right", "right", "right", "right"),
-        disable_numparse=True,
+        align="lrrrrr",
     )

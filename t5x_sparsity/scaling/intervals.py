@@ -53,7 +53,7 @@ def bootstrap(
     """Fits the law to tables of as many rows, drawn from this one with replacement.
 
     Rows are drawn from all rows, not within each sparsity: a sparsity with one row would otherwise
-    never vary. A draw that can't tell the coefficients apart is drawn again, up to 20 times. Each
+    never vary. A draw that can't tell the coefficients apart is repeated, up to 20 times. Each
     fit starts from the best one and from `starts` more. The order of rows doesn't matter.
 
     Args:
@@ -62,7 +62,7 @@ def bootstrap(
       replicates: tables to draw.
       delta: of the fit.
       seed: of the draws.
-      starts: of each fit, beside the best one.
+      starts: of each fit, next to the best one.
     """
     table = table.rows(np.lexsort((table.loss, table.tokens, table.nonzero, table.sparsity)))
     random = np.random.default_rng([seed, 1])
@@ -95,8 +95,8 @@ class HeldOut:
       value: the largest value.
       rows: held out.
       mean_error: mean of predicted / measured - 1 over them; None where too little remains.
-      max_error: the largest |predicted / measured - 1|; None likewise.
-      rmse: of the log residuals of the rows that were fitted; None likewise.
+      max_error: the largest |predicted / measured - 1|; None in the same case.
+      rmse: of the log residuals of the rows that were fitted; None in the same case.
     """
 
     column: str

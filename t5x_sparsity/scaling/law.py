@@ -54,7 +54,7 @@ class Law:
       b_n: the exponent of non-zero weights.
       a_d: tokens x nats^(1 / b_d).
       b_d: the exponent of tokens.
-      c: the loss that neither weights nor tokens take off, nats a token.
+      c: the loss that neither weights nor tokens take off, nats per token.
     """
 
     a_s: float
@@ -66,7 +66,7 @@ class Law:
     c: float
 
     def loss(self, sparsity, nonzero, tokens):
-        """The loss, nats a token; arrays broadcast."""
+        """The loss, nats per token; arrays broadcast."""
         size = self.a_s * (1 - np.asarray(sparsity)) ** self.b_s + self.c_s
         data = (self.a_d / np.asarray(tokens, float)) ** self.b_d
         return size * np.asarray(nonzero, float) ** -self.b_n + data + self.c
@@ -83,13 +83,13 @@ class Law:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """Runs, one a row; four arrays [rows] of float64.
+    """Runs, one per row; four arrays [rows] of float64.
 
     Attributes:
       sparsity: the share of the counted weights that is zero, in [0, 1).
       nonzero: counted weights that aren't zero, above 0.
       tokens: trained on, above 0.
-      loss: in the end, nats a token, above 0.
+      loss: in the end, nats per token, above 0.
     """
 
     sparsity: np.ndarray
@@ -201,7 +201,7 @@ def fit(
       delta: where the Huber loss turns from square to linear, in log residuals, above 0.
       starts: 1 or more.
       seed: of the starts; the same seed and table give the same fit.
-      first: laws to start from beside the drawn ones.
+      first: laws to start from, next to the drawn ones.
 
     Raises:
       NotIdentifiable: see `check`.
@@ -337,7 +337,7 @@ class _Scaled:
         return Law(**dict(zip(COEFFICIENTS, map(float, found), strict=True)))
 
     def vector(self, law: Law) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):  # likewise; no start then
+        with np.errstate(over="ignore", invalid="ignore"):  # of such losses; no start then
             to_n = np.exp(-self.n0 * law.b_n)
             e = np.exp((math.log(law.a_d) - self.d0) * law.b_d) if law.a_d else 0.0
             linear = np.array([law.a_s * to_n, law.c_s * to_n, e, law.c]) / math.exp(self.l0)

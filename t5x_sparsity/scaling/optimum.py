@@ -1,7 +1,7 @@
 """The sparsity that is best for given compute, by the law of `t5x_sparsity.scaling`.
 
 Training costs 6 N D times a multiplier, in FLOPs: N weights that aren't zero in the end, D tokens,
-2 FLOPs a weight and token forward and 4 backward. The multiplier says what the run spends on
+2 FLOPs per weight and token forward and 4 backward. The multiplier says what the run spends on
 weights that it prunes later:
 
 - gradual: dense for the first quarter, sparsity rising as the cube of Zhu and Gupta (2017,
@@ -42,7 +42,7 @@ class Optimum:
       sparsity: in [0, 1).
       nonzero: weights that aren't zero.
       tokens: that the compute pays for.
-      loss: predicted, nats a token.
+      loss: predicted, nats per token.
       dense_loss: of the best dense run: of as many weights, where those are given.
       at_limit: whether more sparsity than was allowed would be better.
     """
@@ -123,17 +123,6 @@ def optimum(
         dense_loss=float(law.loss(0.0, dense_n, dense_tokens)),
         at_limit=u == lowest and at_limit,
     )
-
-
-def optimal_sparsity_at_dense_cost(law: Law, compute: float, nonzero: float) -> float:
-    """The paper's notion in closed form: the best sparsity for N where training costs as dense.
-
-    Setting the slope in 1 - S to zero, with D = C (1 - S) / (6 N), gives
-    (1 - S)^(b_S + b_D) = b_D N^b_N (6 N a_D / C)^b_D / (a_S b_S); 0 where that is above 1.
-    """
-    per_weight = FLOPS_PER_WEIGHT_AND_TOKEN * nonzero * law.a_d / compute
-    ratio = law.b_d * nonzero**law.b_n * per_weight**law.b_d / (law.a_s * law.b_s)
-    return max(0.0, 1 - ratio ** (1 / (law.b_s + law.b_d)))
 
 
 def _best_size(law: Law, compute: float, u: float, cost: str) -> float:

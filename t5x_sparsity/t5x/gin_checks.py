@@ -9,32 +9,10 @@ from typing import Any
 import gin
 from gin.config import ConfigurableReference
 
+from t5x_sparsity.artifacts.macros import sparsity_macros
 from t5x_sparsity.t5x.initializer import SparseTrainStateInitializer
 from t5x_sparsity.t5x.optimizer import UNDRIVEN
 from t5x_sparsity.t5x.trainer import NOT_SPARSE, sparse_trainer
-
-MACROS = (
-    "SPARSITY",
-    "SPARSITY_DISTRIBUTION",
-    "EMBEDDING_SPARSITY",
-    "SPARSITY_PATTERN",
-    "NM_N",
-    "NM_M",
-    "MASK_UPDATE_BEGIN",
-    "MASK_UPDATE_END",
-    "MASK_UPDATE_PERIOD",
-    "DROP_FRACTION",
-    "GRADIENT_STEPS",
-    "GRADIENT_WEIGHT",
-    "MOMENTUM",
-    "INITIAL_SPARSITY",
-    "ABLATION_THRESHOLD",
-    "PRUNED_WEIGHT_DECAY",
-    "REGULARIZER",
-    "BACKWARD_SPARSITY_SHARE",
-    "NORMALIZATION",
-    "RESET_OPTIMIZER",
-)
 
 Config = Mapping[tuple[str, str], Mapping[str, Any]]
 
@@ -75,17 +53,18 @@ def _check_macros(config: Config) -> None:
             "scratch; include 'sparsity/from_dense.gin' for a dense checkpoint, or bind "
             "utils.RestoreCheckpointConfig.path for a sparse one"
         )
+    ours = sparsity_macros()
     for name in sorted(bound - read):
-        if name in MACROS:
+        if name in ours:
             raise ValueError(
                 f"{name} is bound, but nothing reads it: the included sparsity/*.gin has no such "
                 "setting, or a binding has taken its place. Remove the binding of one of the two"
             )
-        near = difflib.get_close_matches(name.upper(), MACROS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name.upper(), ours, n=1, cutoff=0.8)
         if near:
             raise ValueError(
                 f"{name} is bound, but nothing reads it; did you mean {near[0]}? The macros of "
-                f"sparsity/*.gin are {', '.join(MACROS)}"
+                f"sparsity/*.gin are {', '.join(ours)}"
             )
 
 

@@ -15,6 +15,11 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+def get_slice(name):
+    """As the host in use takes it."""
+    return aot.get_slice(name, one_process=host.NAME == "embedded")
+
+
 class Partitioner(host.partitioning.PjitPartitioner):
     """A subclass, as a user may have one."""
 
@@ -27,6 +32,7 @@ class Partitioner(host.partitioning.PjitPartitioner):
 def test_a_slice(name, chips, local, gib):
     found = aot.get_slice(name)
     assert len(found.devices) == chips and len(found.local_devices) == local
+    assert len(aot.get_slice(name, one_process=True).local_devices) == chips
     assert found.hbm_bytes / 2**30 == pytest.approx(gib, abs=0.5)
 
 
@@ -91,7 +97,7 @@ def test_what_a_refusal_says(message, needed, available):
 
 @needs_libtpu
 def test_the_partitioner_makes_its_own_mesh_of_the_slice():
-    devices = aot.get_slice("v4:2x2x2")
+    devices = get_slice("v4:2x2x2")
     partitioner = Partitioner(num_partitions=2)
     mesh = aot.use_slice(partitioner, devices)
     assert dict(mesh.shape) == {"data": 4, "model": 2} and partitioner.mesh is mesh
@@ -106,7 +112,7 @@ def test_the_partitioner_makes_its_own_mesh_of_the_slice():
 
 @needs_libtpu
 def test_a_mesh_that_does_not_divide_the_slice():
-    devices = aot.get_slice("v5e:2x4")
+    devices = get_slice("v5e:2x4")
     if host.NAME == "embedded":
         with pytest.raises(aot.TopologyError, match=r"8 chips of v5e:2x4.*3 does not divide.*2, 4"):
             aot.use_slice(Partitioner(num_partitions=3), devices)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from t5x_sparsity import cli
+from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
 
 
 def run(capsys, *arguments):
@@ -25,7 +26,7 @@ def run(capsys, *arguments):
         (["plan", "--gin_file=a", "--topologi=v5e:4x4"],
          "t5x-sparsity plan: error: unrecognized arguments: --topologi=v5e:4x4"),
         (["plan", "--gin_file=a", "--gin.SPARSITY"],
-         "t5x-sparsity plan: error: unrecognized arguments: --gin.SPARSITY; see t5x-sparsity plan"),
+         "t5x-sparsity: error: The argument '--gin.SPARSITY' sets nothing; write --gin.NAME=VALUE"),
         (["plan", "--gin_file=a", "--host=laptop"],
          "t5x-sparsity plan: error: argument --host: invalid choice: 'laptop'"),
         (["inspect"], "t5x-sparsity inspect: error: the following arguments are required"),
@@ -45,8 +46,23 @@ def test_help_lists_the_subcommands(capsys):
 
 
 def test_gin_bindings_are_rewritten_as_the_train_script_does():
-    found = cli._with_bindings(["--gin.A.b='x=y'", "--gin_file=f", "--gin.C=1", "--json"])
+    arguments = ["--gin.A.b='x=y'", "--gin_file=f", "--gin.C=1", "--json"]
+    found = rewrite_gin_args(arguments)
     assert found == ["--gin_bindings=A.b = 'x=y'", "--gin_file=f", "--gin_bindings=C = 1", "--json"]
+
+
+def test_options_and_parsers_need_the_standard_library_alone():
+    """Fails where parsing a command line would load what only the command itself needs."""
+    code = (
+        "import sys; from t5x_sparsity import cli; cli._parsers(); "
+        "sys.exit(', '.join({m.split('.')[0] for m in sys.modules} - sys.stdlib_module_names "
+        "- {'t5x_sparsity', '__main__'} - set(sys.argv[1].split())) or 0)"
+    )
+    # what Python itself has loaded before, such as hooks of installed packages
+    before = "import sys; print(*{m.split('.')[0] for m in sys.modules})"
+    python = [sys.executable, "-c"]
+    loaded = subprocess.run([*python, before], check=True, capture_output=True, text=True).stdout
+    subprocess.run([*python, code, loaded], check=True)
 
 
 def test_help_imports_no_host():
@@ -55,6 +71,30 @@ def test_help_imports_no_host():
         "sys.exit(any(m in sys.modules for m in ('tensorflow', 'seqio', 't5x', 'flax')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "arguments, missing, extra",
+    [
+        (["inspect", "x"], "tensorstore", "tools"),
+        (["export", "x", "x.safetensors"], "safetensors", "tools"),
+        (["report", "x"], "tensorboard", "tools"),
+        (["fit-scaling", "x"], "scipy", "tools"),
+        (["plan", "--gin_file=x", "--host=embedded"], "gin", "embedded"),
+    ],
+)
+def test_a_command_without_its_extra_says_what_installs_it(arguments, missing, extra):
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None; from t5x_sparsity import cli; "
+        "sys.exit(cli.main(sys.argv[2:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, missing, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"t5x-sparsity {arguments[0]}: error: {missing}")
+    assert f"isn't installed; run pip install 't5x_sparsity[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def shell(line, **variables):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from t5x_sparsity import cli
 from t5x_sparsity.artifacts.events import Histogram, Image, Run, Series, read_run
+from t5x_sparsity.commands import text
 from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.report import command as report_command
 from t5x_sparsity.commands.report import figures as report_figures
@@ -279,8 +280,8 @@ def test_a_pixel_is_said_to_be_what_it_is(shape, says):
 
 def test_masks_are_the_first_the_last_and_one_between():
     images = [Image(s, 32, 8, b"png") for s in range(0, 90, 10)]
-    assert [i.step for i in report_parts.chosen(images)] == [0, 40, 80]
-    assert report_parts.chosen(images[:2]) == images[:2]
+    assert [i.step for i in text.evenly_spaced(images, report_parts.MAX_IMAGES)] == [0, 40, 80]
+    assert text.evenly_spaced(images[:2], report_parts.MAX_IMAGES) == images[:2]
     page = Page(report_parts.masks_section([made(masks={"a": images})]))
     # whole multiples of pixels
     assert {(a["width"], a["height"]) for a in page.all("img")} == {("128", "32")}

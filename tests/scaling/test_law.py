@@ -15,13 +15,24 @@ from t5x_sparsity.scaling.intervals import Bootstrap, bootstrap, hold_out, inter
 from t5x_sparsity.scaling.law import COEFFICIENTS, Law, NotIdentifiable, Table, check, fit
 from t5x_sparsity.scaling.optimum import (
     COSTS,
+    FLOPS_PER_WEIGHT_AND_TOKEN,
     multiplier,
-    optimal_sparsity_at_dense_cost,
     optimum,
     training_flops,
 )
 
 LAW = Law(a_s=16.0, b_s=0.8, c_s=44.0, b_n=0.25, a_d=7e8, b_d=0.3, c=0.8)
+
+
+def optimal_sparsity_at_dense_cost(law: Law, compute: float, nonzero: float) -> float:
+    """The paper's notion in closed form: the best sparsity for N where training costs as dense.
+
+    Setting the slope in 1 - S to zero, with D = C (1 - S) / (6 N), gives
+    (1 - S)^(b_S + b_D) = b_D N^b_N (6 N a_D / C)^b_D / (a_S b_S); 0 where that is above 1.
+    """
+    per_weight = FLOPS_PER_WEIGHT_AND_TOKEN * nonzero * law.a_d / compute
+    ratio = law.b_d * nonzero**law.b_n * per_weight**law.b_d / (law.a_s * law.b_s)
+    return max(0.0, 1 - ratio ** (1 / (law.b_s + law.b_d)))
 
 
 def runs(law=LAW, noise=0.0, seed=0, sparsities=(0, 0.5, 0.75, 0.875)):

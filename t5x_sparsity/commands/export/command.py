@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
 from typing import Any
-
-from tabulate import tabulate
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, open_checkpoint
 from t5x_sparsity.artifacts.encodings import NM, Blocks
 from t5x_sparsity.artifacts.export import Exported, ExportedWeight, export
 from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.export.options import ExportOptions
+from t5x_sparsity.commands.output import status
 from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.monitoring.text_table import text_table
 
 _SUFFIX = ".safetensors"
 
@@ -27,7 +25,7 @@ def run(options: ExportOptions) -> int:
         raise CommandError("--smallest is of --format=compressed; give both, or neither")
     try:
         checkpoint = open_checkpoint(options.checkpoint)
-        with _progress() as on_weight:
+        with status("reading") as say:
             exported = export(
                 checkpoint,
                 options.out,
@@ -36,7 +34,7 @@ def run(options: ExportOptions) -> int:
                 include=options.include,
                 smallest=options.smallest,
                 overwrite=options.overwrite,
-                on_weight=on_weight,
+                on_weight=lambda path: say and say(f"exporting {path}"),
             )
     except FileExistsError as e:
         raise CommandError(f"{e}; give another OUT, or --overwrite to replace a file") from e
@@ -114,8 +112,7 @@ def _as_text(exported: Exported, checkpoint: Checkpoint) -> str:
         "weight", "shape", "dtype", "encoding", "sparsity", "dense bytes", "exported bytes",
         "of dense", "bound bytes",
     )  # fmt: skip
-    align = (*["left"] * 4, *["right"] * 5)
-    parts = [tabulate(rows, headers=headers, colalign=align, disable_numparse=True)]
+    parts = [text_table(rows, headers=headers, align="llllrrrrr")]
     notes = [f"{w.path}: {w.note}." for w in exported.weights if w.note]
     if checkpoint.passed_over:
         notes.append(f"Passed over, not complete: {', '.join(checkpoint.passed_over)}.")
@@ -148,16 +145,3 @@ def _encoding(weight: ExportedWeight) -> str:
     if isinstance(encoding, Blocks):
         return f"blocks of {'x'.join(map(str, encoding.block))}"
     return encoding.name
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What shows the weight at hand, on a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda path: None
-        return
-    with console.status("reading") as status:
-        yield lambda path: status.update(f"exporting {path}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from t5x_sparsity import cli
-
 _DESCRIPTION = """\
 Writes the weights of a checkpoint, those under target/, to one safetensors file.
 
@@ -88,8 +86,4 @@ def add(commands) -> None:
     )
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     export.add_argument("--json", action="store_true", help="print one JSON object")
-    export.set_defaults(run=_run)
-
-
-def _run(values: argparse.Namespace) -> int:
-    return cli.run("export", cli.options_of(ExportOptions, values))
+    export.set_defaults(options=ExportOptions, extra="tools")

@@ -14,6 +14,7 @@ from t5x_sparsity.commands.fit_scaling.options import FitScalingOptions
 from t5x_sparsity.commands.fit_scaling.report import BestRun, Report, column_name, show_range
 from t5x_sparsity.commands.fit_scaling.table import Source, read
 from t5x_sparsity.commands.output import check_page, spinner, write_page
+from t5x_sparsity.commands.text import evenly_spaced
 from t5x_sparsity.scaling import intervals as scaling_intervals
 from t5x_sparsity.scaling import law as scaling
 from t5x_sparsity.scaling.intervals import Bootstrap, HeldOut
@@ -84,7 +85,7 @@ def analyse(source: Source, options: FitScalingOptions) -> Report:
     ]
     gains = {}
     sized = [law for law in laws.laws if _has_size(law)] if laws else []
-    for s in _some(scaling.distinct(table.sparsity)):
+    for s in evenly_spaced(scaling.distinct(table.sparsity), 6):
         if s and _has_size(fit.law):
             with np.errstate(over="ignore", divide="ignore"):
                 values = [law.dense_equivalent(s) for law in sized]
@@ -220,13 +221,6 @@ def _warnings(
             f"Marked rows have {' or '.join(outside)} outside the table's range: extrapolated."
         )
     return found
-
-
-def _some(values: np.ndarray, most: int = 6) -> np.ndarray:
-    """At most so many of them, from the first to the last."""
-    if len(values) <= most:
-        return values
-    return values[np.linspace(0, len(values) - 1, most).round().astype(int)]
 
 
 def _within(value: float, values: np.ndarray) -> bool:

@@ -7,8 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from t5x_sparsity import cli
-
 COSTS = ("gradual", "dense", "sparse")
 # No run's weights, tokens or loss are beyond; float64 holds their tenth powers, as the law takes.
 LEAST, MOST = 1e-30, 1e30
@@ -89,7 +87,7 @@ def add(commands) -> None:
         "--compute",
         nargs="+",
         default=(),
-        type=_number("from 1e-60 to 1e+60", lambda x: 1e-60 <= x <= 1e60),
+        type=_parsed(float, "a number from 1e-60 to 1e+60", lambda x: 1e-60 <= x <= 1e60),
         metavar="FLOPS",
         help="training FLOPs to find the best sparsity for; without it three, from the least to "
         "the most that a run of the table took",
@@ -98,7 +96,7 @@ def add(commands) -> None:
         "--size",
         nargs="+",
         default=(),
-        type=_number("from 1e-30 to 1e+30", lambda x: LEAST <= x <= MOST),
+        type=_parsed(float, "a number from 1e-30 to 1e+30", lambda x: LEAST <= x <= MOST),
         metavar="WEIGHTS",
         help="non-zero weights to find it for, beside the best size for the compute; without it "
         "the middle size of the table",
@@ -117,64 +115,51 @@ def add(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--bootstrap",
-        type=_whole("0 or at least 20", lambda x: x == 0 or x >= 20),
+        type=_parsed(int, "a whole number, 0 or at least 20", lambda x: x == 0 or x >= 20),
         default=200,
         metavar="TABLES",
         help="tables to resample for intervals, 0 for no intervals; default: 200",
     )
     parser.add_argument(
         "--level",
-        type=_number("between 0 and 1", lambda x: 0 < x < 1),
+        type=_parsed(float, "a number between 0 and 1", lambda x: 0 < x < 1),
         default=0.95,
         help="of the intervals; default: 0.95",
     )
     parser.add_argument(
         "--starts",
-        type=_whole("at least 1", lambda x: x >= 1),
+        type=_parsed(int, "a whole number, at least 1", lambda x: x >= 1),
         default=50,
         help="of the fit; default: 50",
     )
     parser.add_argument(
         "--seed",
-        type=_whole("at least 0", lambda x: x >= 0),
+        type=_parsed(int, "a whole number, at least 0", lambda x: x >= 0),
         default=0,
         help="of starts and resampling; default: 0",
     )
     parser.add_argument(
         "--delta",
-        type=_number("from 1e-12 to 1e+12", lambda x: 1e-12 <= x <= 1e12),
+        type=_parsed(float, "a number from 1e-12 to 1e+12", lambda x: 1e-12 <= x <= 1e12),
         default=1e-3,
         help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
         "the paper's for language models",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(options=FitScalingOptions, extra="tools")
 
 
-def _number(allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+def _parsed(
+    kind: type[int] | type[float], allowed: str, is_allowed: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """A parser of numbers, for argparse: `allowed` says in words what they may be."""
+
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"must be a number {allowed}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
         return value
 
     return parse
-
-
-def _whole(allowed: str, is_allowed: Callable[[int], bool]) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"must be a whole number, {allowed}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _run(values: argparse.Namespace) -> int:
-    return cli.run("fit_scaling", cli.options_of(FitScalingOptions, values))

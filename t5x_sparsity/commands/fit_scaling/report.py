@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tabulate import tabulate
 
 from t5x_sparsity.commands.fit_scaling.options import FitScalingOptions
 from t5x_sparsity.commands.fit_scaling.table import Source
+from t5x_sparsity.commands.text import finite
+from t5x_sparsity.monitoring.text_table import text_table
 from t5x_sparsity.scaling.intervals import Bootstrap, HeldOut
 from t5x_sparsity.scaling.law import COEFFICIENTS, Fit
 from t5x_sparsity.scaling.optimum import Optimum
@@ -39,8 +40,7 @@ class Grid(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def as_text(self) -> str:
-        align = ["left" if a == "l" else "right" for a in self.align]
-        return tabulate(self.rows, headers=self.headers, colalign=align, disable_numparse=True)
+        return text_table(self.rows, headers=self.headers, align=self.align)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Report:
       gains: sparsity -> size of the dense model of the same loss over non-zero weights, interval.
       held_out: how the largest runs are predicted without them.
       optima: best runs for compute, and size.
-      warnings: a sentence each.
+      warnings: one sentence each.
     """
 
     options: FitScalingOptions
@@ -157,7 +157,7 @@ class Report:
             ],
             "warnings": list(self.warnings),
         }
-        return _finite(found)
+        return finite(found)
 
     def as_text(self) -> str:
         """For a person."""
@@ -283,12 +283,3 @@ def show_range(values: np.ndarray) -> str:
     """The least and the most of them."""
     low, high = f"{values.min():.4g}", f"{values.max():.4g}"
     return low if low == high else f"{low} to {high}"
-
-
-def _finite(value: Any) -> Any:
-    """A value of dicts, lists and tuples, with None for infinities and NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

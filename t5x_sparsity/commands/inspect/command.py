@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import sys
-from collections.abc import Callable, Iterator
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from t5x_sparsity.artifacts.gin_values import macros_in
+from t5x_sparsity.artifacts.macros import shown_macros
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.inspect.options import InspectOptions
 from t5x_sparsity.commands.inspect.report import ComparisonReport, MadeBy, Report
 from t5x_sparsity.commands.inspect.weights import Weight, compare_weight, read_weight
-
-# Macros of config.gin that say how a run was made sparse, and what it was.
-_SHOWN = re.compile(
-    r"SPARSITY|SPARSITY_\w+|\w+_SPARSITY(_\w+)?|MASK_UPDATE_\w+|NM_[NM]|DROP_FRACTION|NORMALIZATION"
-    r"|GRADIENT_\w+|ABLATION_THRESHOLD|RESET_OPTIMIZER|REGULARIZER|PRUNED_WEIGHT_DECAY"
-    r"|INITIAL_CHECKPOINT_PATH|TRAIN_STEPS|OPTIMIZER|LEARNING_RATE\w*|BATCH_SIZE|MODEL"
-    r"|MIXTURE_OR_TASK_NAME|RANDOM_SEED"
-)
-_FEW = 3
+from t5x_sparsity.commands.output import progress
+from t5x_sparsity.commands.text import first_few
 
 
 def run(options: InspectOptions) -> int:
@@ -44,7 +35,7 @@ def run(options: InspectOptions) -> int:
 def _inspect(options: InspectOptions) -> Report:
     checkpoint = open_checkpoint(options.checkpoint)
     paths = sorted(checkpoint.weights)
-    with _progress("reading", sum(x.nbytes for x in checkpoint.weights.values())) as done:
+    with progress("reading", sum(x.nbytes for x in checkpoint.weights.values())) as done:
         weights = [read_weight(checkpoint, p, done) for p in paths]
     return Report(
         made_by=_made_by(checkpoint),
@@ -73,7 +64,7 @@ def _compare(options: InspectOptions) -> ComparisonReport:
     fitting = [p for p in common if a.weights[p].shape == b.weights[p].shape]
     if not fitting:
         raise CommandError(_nothing_in_common(a, b, common))
-    with _progress("comparing", sum(a.weights[p].nbytes for p in fitting)) as done:
+    with progress("comparing", sum(a.weights[p].nbytes for p in fitting)) as done:
         weights = [compare_weight(a, b, p, done) for p in fitting]
     return ComparisonReport(
         made_by=_made_by(a),
@@ -126,10 +117,8 @@ def _macros(path: str | None) -> dict[str, str]:
         return {}
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read()
-    # gin breaks a long value after a backslash, and indents the rest
-    text = re.sub(r"\\\n\s+", "", text)
-    found = re.findall(r"^([A-Z][A-Z0-9_]*) = (.*(?:\n[ \t]+.*)*)", text, re.MULTILINE)
-    return {name: one_line(value) for name, value in found if _SHOWN.fullmatch(name)}
+    shown = shown_macros()
+    return {name: one_line(v) for name, v in macros_in(text).items() if name in shown}
 
 
 def _notes(checkpoint: Checkpoint, weights: list[Weight]) -> list[str]:
@@ -144,7 +133,7 @@ def _notes(checkpoint: Checkpoint, weights: list[Weight]) -> list[str]:
     ]
     if strange:
         notes.append(
-            f"sparsity.json beside the checkpoint is not of its masks: {_few(strange)} there "
+            f"sparsity.json beside the checkpoint is not of its masks: {first_few(strange)} there "
             "without a mask of that shape here."
         )
     assumed = [
@@ -154,7 +143,7 @@ def _notes(checkpoint: Checkpoint, weights: list[Weight]) -> list[str]:
     ]
     if assumed:
         notes.append(
-            f"Which axes are stacked is not known for {_few(assumed)}: each is taken as one "
+            f"Which axes are stacked is not known for {first_few(assumed)}: each is taken as one "
             "matrix, its last axis the outputs."
         )
     return notes
@@ -163,25 +152,5 @@ def _notes(checkpoint: Checkpoint, weights: list[Weight]) -> list[str]:
 def _passed_over(checkpoint: Checkpoint) -> list[str]:
     if not checkpoint.passed_over:
         return []
-    names = _few(checkpoint.passed_over)
+    names = first_few(checkpoint.passed_over)
     return [f"{checkpoint.path} is the last complete one; passed over as half-written: {names}."]
-
-
-def _few(names) -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(list(names)[:_FEW]) + more
-
-
-@contextlib.contextmanager
-def _progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Shows on a terminal how far it is; gives what is to be told of bytes as they are read."""
-    if not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=size)
-        yield lambda n: bar.advance(task, n)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from t5x_sparsity import cli
-
 _DESCRIPTION = """\
 Shows what a checkpoint's zeros look like, weight by weight: weights kept, sparsity against the
 target, dead rows and columns, and the pattern that holds exactly, such as 2:4 along the inputs;
@@ -64,8 +62,4 @@ def add(commands) -> None:
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.add_argument("--all", action="store_true", help="list dense weights too")
-    inspect.set_defaults(run=_run)
-
-
-def _run(values: argparse.Namespace) -> int:
-    return cli.run("inspect", cli.options_of(InspectOptions, values))
+    inspect.set_defaults(options=InspectOptions, extra="tools")

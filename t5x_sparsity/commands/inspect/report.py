@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 from t5x_sparsity.commands.inspect.weights import Comparison, Weight, total
-from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.commands.text import first_few, format_bytes
+from t5x_sparsity.monitoring.text_table import text_table
 
 _LAYOUTS = {"orbax": "Orbax", "t5x": "T5X's own"}
 _SHOWN = 12
@@ -116,8 +115,7 @@ class Report:
             "weight", "shape", "weights", "kept", "sparsity", "target", "dead rows", "dead columns",
             "pattern found",
         )  # fmt: skip
-        align = ("left", *["right"] * 7, "left")
-        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        return text_table(rows, headers=headers, align="lrrrrrrrl")
 
     def _total_row(self, name: str, rows: Sequence[Weight], target: float | None) -> tuple:
         t = _totals(rows)
@@ -156,7 +154,7 @@ class Report:
             count = sum(w.pruned_nonzeros for w in broken)
             found.append(
                 f"Inconsistent: not zero where the mask prunes: {_count(count, 'weight')} of "
-                f"{_few(broken)}."
+                f"{first_few([w.path for w in broken], _SHOWN)}."
             )
         zeros = sum(w.kept_zeros for w in self.weights)
         if zeros:
@@ -166,9 +164,10 @@ class Report:
             if w.found is not None and w.found.follows is False:
                 others.setdefault(w.pattern, []).append(w)
         for pattern, weights in others.items():
+            names = first_few([w.path for w in weights], _SHOWN)
             found.append(
-                f"Not (yet) as sparsity.json says, {pattern}: {_few(weights)}. Methods that prune "
-                "by and by get there at the end."
+                f"Not (yet) as sparsity.json says, {pattern}: {names}. Methods that prune by and "
+                "by get there at the end."
             )
         return found
 
@@ -317,8 +316,7 @@ class ComparisonReport:
         headers = (
             "weight", "weights", "kept in A", "kept in B", "overlap", "kept of A", "churn", "moved",
         )  # fmt: skip
-        align = ("left", *["right"] * 7)
-        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        return text_table(rows, headers=headers, align="lrrrrrrr")
 
 
 def _comparison_row(w: Comparison, name: str | None = None) -> tuple[str, ...]:
@@ -358,8 +356,3 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def _few(weights: Sequence[Weight]) -> str:
-    more = f" and {len(weights) - _SHOWN} more" if len(weights) > _SHOWN else ""
-    return ", ".join(w.path for w in weights[:_SHOWN]) + more

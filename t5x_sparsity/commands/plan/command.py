@@ -1,11 +1,10 @@
-"""`t5x-sparsity plan`: what a run would come to, from its gin files alone."""
+"""`t5x-sparsity plan`: what a run would be, from its gin files alone."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
 
 import jax
 from absl import logging
@@ -13,10 +12,10 @@ from jax.sharding import NamedSharding
 
 from t5x_sparsity import host
 from t5x_sparsity.ahead_of_time import slices as aot
-from t5x_sparsity.commands import CommandError, one_line, run_file
+from t5x_sparsity.commands import CommandError, as_command_errors, run_file
 from t5x_sparsity.commands.output import spinner
 from t5x_sparsity.commands.plan.options import PlanOptions
-from t5x_sparsity.commands.plan.report import DoesNotFit, Report, SliceReport, WeightRow
+from t5x_sparsity.commands.plan.report import DOES_NOT_FIT, Report, SliceReport, WeightRow
 from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.monitoring.flops import ramp_warnings, run_flops
 from t5x_sparsity.monitoring.matrix_products import loss_products
@@ -39,20 +38,20 @@ def run(options: PlanOptions) -> int:
         print(json.dumps(report.as_dict(), indent=1))
     else:
         print(report.as_text(all_weights=options.all))
-    return DoesNotFit if report.slice and not report.slice.fits else 0
+    return DOES_NOT_FIT if report.slice and not report.slice.fits else 0
 
 
 def _report(options: PlanOptions) -> Report:
     devices = None
     if options.topology:
-        with _as_command_errors(""):
-            devices = aot.get_slice(options.topology)
+        with as_command_errors():
+            devices = aot.get_slice(options.topology, one_process=host.NAME == "embedded")
     with run_file.load(options.gin_file, options.gin_bindings, options.gin_search_paths) as config:
         if devices:
-            with _as_command_errors(""):
+            with as_command_errors():
                 aot.use_slice(config.partitioner, devices)
             _check_batch(config, devices)
-        with spinner("planning"), _as_command_errors("the run can't be planned: "):
+        with spinner("planning"), as_command_errors("the run can't be planned: "):
             initializer = config.initializer()
             report = _plan(config, initializer)
         if devices:
@@ -140,7 +139,7 @@ def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> SliceRepo
     def state_of(made):
         return aot.placed(made.global_train_state_shape, made.train_state_axes, mesh)
 
-    with _as_command_errors("the run makes no trainer: "), aot.on_slice(devices):
+    with as_command_errors("the run makes no trainer: "), aot.on_slice(devices):
         own_state = state_of(initializer)
         own = config.trainer(initializer, own_state)
         steps = {"dense": (own, own_state)}
@@ -184,13 +183,3 @@ def _named(pattern) -> str:
     """A pattern with the values that are its own."""
     values = ", ".join(f"{k}={v}" for k, v in vars(pattern).items())
     return f"{type(pattern).__name__}({values})" if values else type(pattern).__name__
-
-
-@contextlib.contextmanager
-def _as_command_errors(prefix: str) -> Iterator[None]:
-    try:
-        yield
-    except CommandError:
-        raise
-    except (ValueError, TypeError, KeyError, AssertionError) as e:
-        raise CommandError(prefix + one_line(e)) from e

@@ -7,20 +7,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from t5x_sparsity import cli
+from t5x_sparsity.ahead_of_time.environment import TPU_ENVIRONMENT
 
 _HOST_VARIABLE = "T5X_SPARSITY_HOST"
-
-# libtpu, which JAX loads where it is installed, looks for the machine that it would run on, and
-# locks it, unless it is told not to.
-TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +51,7 @@ def add(commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--all", action="store_true", help="list dense weights too")
-    plan.set_defaults(run=_run)
+    plan.set_defaults(options=PlanOptions, extra="embedded", prepare=_set_environment)
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +67,11 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         help="a gin binding; --gin.NAME=VALUE for short",
     )
     parser.add_argument(
-        "--gin_search_paths", default=".", metavar="FOLDERS", help="separated by commas"
+        "--gin_search_paths",
+        default=".",
+        type=lambda text: text.split(","),
+        metavar="FOLDERS",
+        help="separated by commas",
     )
     parser.add_argument(
         "--host",
@@ -90,17 +83,9 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, help=argparse.SUPPRESS)
 
 
-def _run(values: argparse.Namespace) -> int:
+def _set_environment(values: argparse.Namespace) -> None:
+    """Sets what JAX and the choice of a host read as they are imported."""
     if values.host:
         os.environ[_HOST_VARIABLE] = values.host
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    options = PlanOptions(
-        gin_file=values.gin_file,
-        gin_bindings=values.gin_bindings,
-        gin_search_paths=values.gin_search_paths.split(","),
-        topology=values.topology,
-        json=values.json,
-        all=values.all,
-    )
-    return cli.run("plan", options)

@@ -7,15 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
 from t5x_sparsity.ahead_of_time.program import COLLECTIVES
 from t5x_sparsity.ahead_of_time.slices import Compilation
 from t5x_sparsity.commands.text import format_bytes
 from t5x_sparsity.monitoring.flops import RunFlops
+from t5x_sparsity.monitoring.text_table import text_table
 
 # The exit code of a plan whose steps don't fit the slice.
-DoesNotFit = 3
+DOES_NOT_FIT = 3
 
 
 class WeightRow(NamedTuple):
@@ -26,8 +25,8 @@ class WeightRow(NamedTuple):
       shape: of the whole weight.
       axes: logical axis names, None where there are none.
       spec: the mesh axes that split it, None where replicated.
-      pattern: the shape its zeros come in, '' for a dense weight, as the next.
-      algorithm: what decides on its mask.
+      pattern: the pattern of its zeros, '' for a dense weight.
+      algorithm: what chooses its mask, '' for a dense weight.
       sparsity: its target, None where it is dense or only the total has one.
       kept: weights that aren't zero in the end, None where only the total is known.
       mask_bytes: of its stored mask, on all devices together.
@@ -52,14 +51,14 @@ class WeightRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SliceReport:
-    """What the steps come to on a TPU slice, each chip.
+    """What the steps take on each chip of a TPU slice.
 
     Attributes:
       name: of the topology.
       kind: of its chips.
       chips: their number.
       mesh: axis -> size.
-      hbm_bytes: of a chip, as much as a program can use.
+      hbm_bytes: memory of a chip that a program can use; None where libtpu doesn't say.
       steps: 'dense', 'plain' and, where masks change, 'update'.
     """
 
@@ -89,11 +88,11 @@ class Report:
       kept: weights of the model that aren't zero in the end.
       total_steps: of the run.
       flops: of the run, sparse and dense.
-      other_state_bytes: what the algorithms keep beside masks.
+      other_state_bytes: what the algorithms keep next to masks.
       mask_bytes_per_device: on the mesh.
       mesh: axis -> size.
       missing_imports: modules that gin files name and that aren't installed.
-      warnings: what is odd about it, a sentence each.
+      warnings: one sentence per oddity.
       slice: None where none was asked for.
     """
 
@@ -183,8 +182,7 @@ class Report:
             "weight", "shape", "logical axes", "PartitionSpec", "pattern", "algorithm", "sparsity",
             "weights", "kept", "mask bytes",
         )  # fmt: skip
-        align = (*["left"] * 6, *["right"] * 4)
-        return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+        return text_table(rows, headers=headers, align="llllllrrrr")
 
     def _summary_text(self) -> str:
         lines = []
@@ -294,12 +292,7 @@ def _slice_text(found: SliceReport) -> str:
     lines = [
         f"{found.name}: {found.chips} chips ({found.kind}), mesh {mesh}. On each chip:",
         "",
-        tabulate(
-            rows,
-            headers=("", *found.steps),
-            colalign=("left", *["right"] * len(steps)),
-            disable_numparse=True,
-        ),
+        text_table(rows, headers=("", *found.steps), align="l" + "r" * len(steps)),
         "",
     ]
     if any(s and s.open_loops for s in steps):

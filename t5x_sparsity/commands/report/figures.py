@@ -1,6 +1,6 @@
 """The charts of `t5x-sparsity report`, as plotly takes them.
 
-Colours are names such as '@run0', which the page replaces by those of its light or dark theme.
+Colours are names such as '@run0', which the page replaces by the colours of its theme.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from t5x_sparsity.artifacts.events import Series
 from t5x_sparsity.commands.report.names import block_of, natural, short, trim
 from t5x_sparsity.commands.report.run import TOTAL, ReportRun, smoothed, window
+from t5x_sparsity.commands.text import evenly_spaced
 
-# A curve has at most so many points on the page, and a heatmap so many columns.
+# The most points of a curve on the page, and the most columns of a heatmap.
 MAX_POINTS = 1000
 MAX_COLUMNS = 200
 # of one height, however many rows there are
@@ -47,9 +48,9 @@ class Chart:
       title: above it.
       note: below the title, plain text.
       runs: the runs that it has.
-      keys: its legend beside the runs' colours; none are needed for one kind of line.
+      keys: its legend next to the runs' colours; one kind of line needs none.
       data: plotly's traces; `meta` is the index of the run.
-      layout: plotly's layout, as far as it isn't that of every chart.
+      layout: plotly's layout, without what all charts share.
       height: in CSS pixels.
       is_wide: takes the whole width of the page.
     """
@@ -177,7 +178,7 @@ def _layers_of(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray]:
     if not paths:
         return [], np.zeros(0), np.zeros((0, 0))
     steps = np.unique(np.concatenate([s.steps for s in series.values()]))
-    steps = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_COLUMNS).round().astype(int))]
+    steps = np.array(evenly_spaced(steps, MAX_COLUMNS))
     z = np.full((len(paths), len(steps)), np.nan)
     for row, path in enumerate(paths):
         finite = np.isfinite(series[path].values)
@@ -276,7 +277,7 @@ def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
             data=data,
             layout=_axes(share=_share_range(data, from_zero=True)),
         )
-    # of one run it is the validation loss over again
+    # for one run it would repeat the validation loss
     tasks = sorted({t for r in found for t in r.eval_losses}) if len(found) > 1 else ()
     for i, task in enumerate(tasks):
         lines = [(r, _by_flops(r, r.eval_losses[task])) for r in found if task in r.eval_losses]
@@ -337,7 +338,7 @@ def _pairs(
     dash: str,
     **line: Any,
 ) -> list[dict[str, Any]]:
-    """A line for each run that was found, and a second where it has one: (tag, name) of both."""
+    """One line per run found, and a second where it has one: (tag, name) of both."""
     data = []
     for run in found:
         data.append(_line(run, run.run.train[first[0]], first[1], **line))
@@ -348,7 +349,7 @@ def _pairs(
 
 
 def _second(runs, run: ReportRun, series: Series, what: str, dash: str, shape: str = "linear"):
-    """A line to compare a run's with, which shows where they lie on each other."""
+    """A line to compare a run's line with; it shows where one lies on the other."""
     line = _line(run, series, what, shape=shape)
     color = line["line"]["color"] if len(runs) > 1 else "@ink"
     style = {"color": color, "width": 1.5, "dash": dash, "shape": shape}
@@ -383,7 +384,7 @@ def _share_range(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False):
         return (0.0, 1.0)
     low, high = (0.0 if from_zero else min(values)), max(values)
     room = max(0.08 * (high - low), 0.002)
-    # the ends of the scale are seen as a line of their own, so it goes on a little
+    # a curve at an end of the scale stays visible if the scale goes on a little
     return (
         (max(low - room, -0.01), min(high + room, 1.01))
         if high - low > 0.02

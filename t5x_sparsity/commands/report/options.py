@@ -6,8 +6,6 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from t5x_sparsity import cli
-
 _DESCRIPTION = """\
 Makes one HTML page of what a run did, or of several side by side: loss and sparsity over steps,
 sparsity by layer, churn, images of masks, FLOPs against dense, and the configuration. It reads the
@@ -74,8 +72,4 @@ def add(commands) -> None:
         help="print one JSON object, the page's path and each run's key numbers, beside making "
         "the page",
     )
-    report.set_defaults(run=_run)
-
-
-def _run(values: argparse.Namespace) -> int:
-    return cli.run("report", cli.options_of(ReportOptions, values))
+    report.set_defaults(options=ReportOptions, extra="tools")

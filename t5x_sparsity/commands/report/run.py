@@ -1,4 +1,4 @@
-"""A run as `t5x-sparsity report` shows it: what was planned, and the numbers that it came to."""
+"""A run as `t5x-sparsity report` shows it: what was planned, and the numbers it reached."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from t5x_sparsity.artifacts.events import Run, Series, resolve
+from t5x_sparsity.commands.report.names import short
+from t5x_sparsity.commands.text import finite
 
 TOTAL = "total"
 
-# the loss by the names that hosts and models give it, the one to be preferred first
+# the names that hosts and models give the loss, the preferred one first
 _LOSSES = ("loss_per_nonpadding_target_token", "loss_per_all_target_tokens", "loss")
 
 
@@ -24,13 +26,31 @@ class ReportRun:
 
     Attributes:
       name: that the page shows.
-      index: of the run on the page, from 0; decides on its colour.
+      index: of the run on the page, from 0; determines its colour.
       run: what its folder holds.
     """
 
     name: str
     index: int
     run: Run
+
+    @property
+    def short_name(self) -> str:
+        """The name with its middle left out where it is long."""
+        return short(self.name, 32)
+
+    @property
+    def description(self) -> str:
+        """Method, sparsity and patterns in one line."""
+        if not self.is_sparse:
+            return "Dense: no weight was made sparse"
+        level = ""
+        if self.record:
+            level = sum(self.size(p) * v.get("sparsity", 0) for p, v in self.record.items())
+            level = f"{round(100 * level / max(self.sparse_weights, 1), 2):g}% sparse"
+            level += f", {self.distribution}" if self.distribution else ""
+        found = [" + ".join(self.methods) or "Sparse", level, " + ".join(self.patterns)]
+        return " · ".join(part for part in found if part)
 
     @property
     def record(self) -> Mapping[str, Mapping[str, Any]]:
@@ -47,7 +67,7 @@ class ReportRun:
 
     @property
     def patterns(self) -> list[str]:
-        """Patterns as they are written in gin, the one with the most weights first."""
+        """Patterns as written in gin, the one with the most weights first."""
         return self._by_weights("pattern")
 
     def _by_weights(self, key: str) -> list[str]:
@@ -98,7 +118,7 @@ class ReportRun:
     def targets(self) -> dict[str, float]:
         """Path -> the target at the last step; absent where only the total has one.
 
-        Events of before targets were written have those that were planned for the end.
+        Events without targets, of older versions, get those that were planned for the end.
         """
         found = self.run.group("sparsity_target")
         if found:
@@ -144,7 +164,7 @@ class ReportRun:
             "flops_inference_share": self.last("flops/inference_share"),
             "remarks": list(self.run.remarks),
         }
-        return _finite(found)
+        return finite(found)
 
 
 def _loss(tags: Mapping[str, Series]) -> tuple[str, Series] | None:
@@ -168,20 +188,13 @@ def _mean(series: Series) -> float | None:
     return float(finite.mean()) if finite.size else None
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def window(series: Series) -> int:
-    """Points that a mean of the series is taken over: one in 30, 1 of a short series."""
+    """The number of points to average over: one in 30 of the series, at least 1."""
     return max(1, len(series.steps) // 30)
 
 
 def smoothed(series: Series) -> Series:
-    """The exponential mean over about `window(series)` points; passes over what isn't finite."""
+    """The exponential mean over about `window(series)` points; skips what isn't finite."""
     span = window(series)
     keep = 1 - 2 / (span + 1)
     mean = weight = 0.0
