@@ -4,7 +4,6 @@ import functools
 import time
 from pathlib import Path
 
-import flax.traverse_util
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -67,7 +66,7 @@ def restore_dense(path, **kwargs):
 
 def run(*args, **kwargs):
     """The leaves of the final state of `train`, by path."""
-    return leaves(train(*args, **kwargs)[1])
+    return tiny_t5.leaves(train(*args, **kwargs)[1])
 
 
 def train(
@@ -137,12 +136,6 @@ def train(
     while list(Path(model_dir).glob("*-tmp*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     return end
-
-
-def leaves(state):
-    """The leaves of a train state on this machine, by path."""
-    flat = flax.traverse_util.flatten_dict(state.state_dict(), sep="/")
-    return {k: np.asarray(v) for k, v in flat.items() if v is not None}
 
 
 def assert_same(a, b):
