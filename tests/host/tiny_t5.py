@@ -174,9 +174,9 @@ def run(trainer, steps, start=0):
 
 
 def leaves(state):
-    """The leaves of a train state on this machine, by path."""
+    """The whole leaves of a train state by path, however many devices share each."""
     flat = traverse_util.flatten_dict(state.state_dict(), sep="/")
-    return {k: np.asarray(host.utils.get_local_data(v)) for k, v in flat.items() if v is not None}
+    return {k: np.asarray(v) for k, v in flat.items() if v is not None}
 
 
 def parse_gin(text, *bindings):
