@@ -6,11 +6,11 @@ import shutil
 import tempfile
 import warnings
 
+from xla_flags import QUICK_COMPILE
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# unoptimized code: the tests compile much and run little
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -19,7 +19,7 @@ _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _OWN_CACHE = None
 if _CACHE not in os.environ:
     _OWN_CACHE = os.environ[_CACHE] = tempfile.mkdtemp(prefix="t5x_sparsity_tests_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from hypothesis import settings

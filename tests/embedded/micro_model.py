@@ -1,6 +1,6 @@
 """A model of a few hundred weights, and its data: the smallest run of the embedded host.
 
-As a script: `embedded_micro.py MODEL_DIR TOTAL_STEPS [OUT.npz]` trains and writes the final state.
+As a script: `micro_model.py MODEL_DIR TOTAL_STEPS [OUT.npz]` trains and writes the final state.
 """
 
 import sys

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from xla_flags import QUICK_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# compiling is most of what a short run does
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
 # A run that takes seconds: what it has in common with examples/rigl_stdlib.gin is the whole path.
 RUN = """
@@ -47,6 +45,7 @@ tasks.text_folder.objective = {objective}
 
 
 def write_run(tmp_path, method="rigl", model="decoder_tiny", more=""):
+    """Writes a run file and the texts that it trains on; returns its path."""
     texts = tmp_path / "texts"
     texts.mkdir(exist_ok=True)
     rng = random.Random(0)
@@ -72,6 +71,7 @@ def write_run(tmp_path, method="rigl", model="decoder_tiny", more=""):
 
 
 def command(run_file, model_dir, *bindings, steps=8, module="t5x_sparsity.train"):
+    """The command line that trains up to `steps`."""
     return [
         sys.executable,
         "-m",
@@ -84,6 +84,7 @@ def command(run_file, model_dir, *bindings, steps=8, module="t5x_sparsity.train"
 
 
 def environment(devices=1, more_flags=""):
+    """The environment of a process with so many CPU devices, which imports this package."""
     path = [str(ROOT), str(ROOT / "gin"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return {
         **os.environ,
@@ -94,9 +95,10 @@ def environment(devices=1, more_flags=""):
 
 
 def run(*arguments, devices=1, **kwargs):
+    """The finished process of `command`; its output has both streams."""
     return subprocess.run(
         command(*arguments, **kwargs),
-        env=environment(devices, UNOPTIMIZED),
+        env=environment(devices, QUICK_COMPILE),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -127,6 +129,7 @@ def saved(model_dir, step):
 
 
 def assert_equal(a, b):
+    """Asserts that leaves by path are the same bit for bit, and those of a sparse run."""
     assert a.keys() == b.keys() and any("sparsity/masks" in k for k in a)
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
@@ -159,7 +162,7 @@ def start(arguments, log, devices=1):
     with open(log, "w") as out:
         popen = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            env=environment(devices, UNOPTIMIZED),
+            env=environment(devices, QUICK_COMPILE),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -2,7 +2,7 @@
 
 As a script it is one of several processes, and prints what came out on each mesh:
 
-    python golden.py localhost:1234 2 0 1x4 2x2 2x2-2d
+    python fixed_update.py localhost:1234 2 0 1x4 2x2 2x2-2d
 """
 
 import hashlib

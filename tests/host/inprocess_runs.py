@@ -4,7 +4,6 @@ import functools
 import time
 from pathlib import Path
 
-import flax.traverse_util
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -26,7 +25,7 @@ def _examples(split, shuffle_files, seed=None):
 @functools.cache
 def task(features=("targets",)):
     """The name of a task of random tokens; it is registered at the first call."""
-    name = "_".join(("whole_runs", *features))
+    name = "_".join(("random_tokens", *features))
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(_examples, splits=("train", "validation")),
@@ -67,7 +66,7 @@ def restore_dense(path, **kwargs):
 
 def run(*args, **kwargs):
     """The leaves of the final state of `train`, by path."""
-    return leaves(train(*args, **kwargs)[1])
+    return tiny_t5.leaves(train(*args, **kwargs)[1])
 
 
 def train(
@@ -139,13 +138,9 @@ def train(
     return end
 
 
-def leaves(state):
-    """The leaves of a train state on this machine, by path."""
-    flat = flax.traverse_util.flatten_dict(state.state_dict(), sep="/")
-    return {k: np.asarray(v) for k, v in flat.items() if v is not None}
-
-
 def assert_same(a, b):
+    """Asserts that leaves by path are the same, dtypes included."""
     assert a.keys() == b.keys()
     for path in a:
+        assert a[path].dtype == b[path].dtype, path
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)

@@ -43,18 +43,15 @@ def largest(weight, share, stack_axis):
     return found
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """The folder of a dense run, saved at 0, 2 and 4, and its final leaves."""
-    folder = tmp_path_factory.mktemp("dense") / "run"
-    return folder, run(folder, None, 4)
+@pytest.fixture
+def dense(dense_run):
+    return dense_run
 
 
 @pytest.fixture(scope="module")
-def sparse(tmp_path_factory):
+def sparse(rigl_run, tmp_path_factory):
     """The folder of a run saved up to step 4, its leaves, and those of one that went on to 6."""
-    folder = tmp_path_factory.mktemp("sparse") / "run"
-    return folder, run(folder, rigl(), 4), run(folder.parent / "whole", rigl(), 6)
+    return *rigl_run, run(tmp_path_factory.mktemp("sparse") / "whole", rigl(), 6)
 
 
 def copy(folder, to):

@@ -30,11 +30,9 @@ def shares(start, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(dense_run):
     """A checkpoint of a dense run, at step 4."""
-    folder = tmp_path_factory.mktemp("dense") / "run"
-    run(folder, None, 4)
-    return folder / "checkpoint_4"
+    return dense_run[0] / "checkpoint_4"
 
 
 @pytest.fixture(scope="module")

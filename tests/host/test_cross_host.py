@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 import tiny_t5
-from command_runs import UNOPTIMIZED, environment
+from command_runs import environment
+from inprocess_runs import assert_same
+from xla_flags import QUICK_COMPILE
 
 from t5x_sparsity.core import packing
 
@@ -21,16 +23,16 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 import numpy as np
-import rig
-import whole_runs
+import inprocess_runs
+import tiny_t5
 from t5x_sparsity import host
 
 assert host.NAME == {host!r}
-config = rig.rigl(0.5, begin=1, end=7, period=2) if {sparse!r} else None
-restore = whole_runs.restore_dense({dense!r}) if {dense!r} else None
+config = tiny_t5.rigl(0.5, begin=1, end=7, period=2) if {sparse!r} else None
+restore = inprocess_runs.restore_dense({dense!r}) if {dense!r} else None
 if {sparse_from!r}:
     restore = host.utils.RestoreCheckpointConfig(path={sparse_from!r}, mode="latest")
-leaves = whole_runs.run(
+leaves = inprocess_runs.run(
     {model_dir!r}, config, {steps!r}, optimizer={optimizer!r},
     restore=restore, save={{"save_dataset": False}},
 )
@@ -63,7 +65,7 @@ def train(
     )
     done = subprocess.run(
         [sys.executable, "-c", text],
-        env={**environment(1, UNOPTIMIZED), "T5X_SPARSITY_HOST": name},
+        env={**environment(1, QUICK_COMPILE), "T5X_SPARSITY_HOST": name},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -71,13 +73,6 @@ def train(
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return dict(np.load(result))
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype, path
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
 def kept(leaves):

@@ -60,7 +60,7 @@ def trained(run):
     from t5x import config_utils
 
     start = fdl.build(fdl.cast(fdl.Partial, config_utils.prepare_to_summarize(run)))
-    return inprocess_runs.leaves(start()[1])
+    return tiny_t5.leaves(start()[1])
 
 
 def kept(leaves):

@@ -23,18 +23,15 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
-def sparse(tmp_path_factory):
+def sparse(rigl_run):
     """The folder of a sparse run of stacked layers, saved at 0, 2 and 4."""
-    folder = tmp_path_factory.mktemp("sparse") / "run"
-    inprocess_runs.run(folder, tiny_t5.rigl(0.5, begin=1, end=7, period=2), 4)
-    return folder
+    return rigl_run[0]
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "run"
-    inprocess_runs.run(folder, None, 4)
-    return folder
+def dense(dense_run):
+    """The folder of a dense run, saved at 0, 2 and 4."""
+    return dense_run[0]
 
 
 def inspect(capsys, *arguments):

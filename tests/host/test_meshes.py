@@ -64,7 +64,7 @@ def test_the_masks_of_the_fixed_update_are_what_they_should_be():
 def test_masks_are_the_same_in_two_processes(tmp_path):
     """2 processes x 2 devices: weights split among processes, and among devices of each."""
     meshes = ["2x2-2d"] if host.NAME == "embedded" else ["1x4", "4x1-2d", "2x2", "2x2-2d"]
-    script = [command_runs.ROOT / "tests/host/golden.py"]
+    script = [command_runs.ROOT / "tests/host/fixed_update.py"]
     outputs = command_runs.finish(
         command_runs.start_processes(
             lambda i, port: [*script, f"localhost:{port}", "2", str(i), *meshes], tmp_path

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_t5
-from command_runs import UNOPTIMIZED, environment, saved
+from command_runs import environment, saved
+from xla_flags import QUICK_COMPILE
 
 from t5x_sparsity.core import packing
 
@@ -82,7 +83,7 @@ def train(
     names = [f"t5x/{f}.gin" for f in files] + [str(overrides)]
     names += [f"sparsity/{name}.gin" for name in sparse]
     # of millions of weights, running is more than compiling
-    variables = environment(1, "" if large else UNOPTIMIZED)
+    variables = environment(1, "" if large else QUICK_COMPILE)
     variables["PYTHONPATH"] = f"{tmp_path / 'packages'}:{variables['PYTHONPATH']}"
     done = subprocess.run(
         [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import seqio
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, PartitionSpec
 from optimizer_table import CASES
@@ -172,12 +173,10 @@ def run(trainer, steps, start=0):
     return trainer.train(batches, steps, start_step=start).result()
 
 
-def leaves(tree):
-    """Leaves of a train state's state dict on the host, by path."""
-    from flax import traverse_util
-
-    flat = traverse_util.flatten_dict(tree.state_dict(), sep="/")
-    return {k: np.asarray(host.utils.get_local_data(v)) for k, v in flat.items()}
+def leaves(state):
+    """The whole leaves of a train state by path, however many devices share each."""
+    flat = traverse_util.flatten_dict(state.state_dict(), sep="/")
+    return {k: np.asarray(v) for k, v in flat.items() if v is not None}
 
 
 def parse_gin(text, *bindings):
