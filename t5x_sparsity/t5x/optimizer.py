@@ -319,7 +319,7 @@ def _untrained(optimizer, params) -> set[str]:
 
     Of other optimizers nobody can tell: optax freezes by zero updates, as any update may be.
     """
-    if not isinstance(optimizer, host.optimizers.MultiOptimizer):
+    if not hasattr(optimizer, "traversals"):  # only T5X has a MultiOptimizer
         return set()
     paths = list(flatten(params))
     named = unflatten(params, {p: p for p in paths})
