@@ -8,6 +8,7 @@ next save clears away.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -169,48 +170,38 @@ def saved_batches(path: str) -> int | None:
     return ocp.JsonCheckpointHandler().restore(item, args=ocp.args.JsonRestore()).get("batches")
 
 
+@dataclasses.dataclass
 class OrbaxCheckpointManagerInterface:
     """Saves and restores train states of one shape in one folder.
 
     Nothing is written, and the folder isn't made, before the first `save`.
+
+    Attributes:
+      directory: the folder of checkpoints.
+      train_state: a state of the right shapes (jax.ShapeDtypeStruct will do).
+      partitioner: says on which devices restored arrays are put.
+      dataset_iterator: its count of `batches` is saved with each checkpoint; None saves none.
+      save_dtype: of weights on disk; None keeps theirs.
+      restore_dtype: of weights as they are read; None takes the model's.
+      keep: how many checkpoints stay; None keeps all.
     """
 
-    def __init__(
-        self,
-        directory: str,
-        train_state: Any,
-        partitioner: Any,
-        dataset_iterator: Any | None = None,
-        save_dtype: str | None = None,
-        restore_dtype: str | None = None,
-        keep: int | None = None,
-    ):
-        """Prepare a manager.
-
-        Args:
-          directory: the folder of checkpoints.
-          train_state: a state of the right shapes (jax.ShapeDtypeStruct will do).
-          partitioner: says on which devices restored arrays are put.
-          dataset_iterator: its count of `batches` is saved with each checkpoint; None saves none.
-          save_dtype, restore_dtype: of weights on disk, and as read; None keeps theirs.
-          keep: how many checkpoints stay; None keeps all.
-        """
-        self._directory = os.path.abspath(directory)
-        self._train_state = train_state
-        self._partitioner = partitioner
-        self._dataset_iterator = dataset_iterator
-        self._save_dtype = save_dtype and np.dtype(save_dtype)
-        self._restore_dtype = restore_dtype and np.dtype(restore_dtype)
-        self._keep = keep
-        self._manager: ocp.CheckpointManager | None = None
+    directory: str
+    train_state: Any
+    partitioner: Any
+    dataset_iterator: Any | None = None
+    save_dtype: str | None = None
+    restore_dtype: str | None = None
+    keep: int | None = None
+    _manager: ocp.CheckpointManager | None = dataclasses.field(default=None, init=False)
 
     @property
     def _saved(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self._manager = ocp.CheckpointManager(
-                self._directory,
+                os.path.abspath(self.directory),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=self._keep,
+                    max_to_keep=self.keep,
                     step_prefix=_PREFIX,
                     cleanup_tmp_directories=True,
                 ),
@@ -232,8 +223,9 @@ class OrbaxCheckpointManagerInterface:
             return False
         # None and empty nodes can't be read back; restore takes them from the model instead.
         leaves = _leaves(train_state.state_dict())
+        dtype = self.save_dtype and np.dtype(self.save_dtype)
         args = {
-            name: ocp.SaveArgs(dtype=self._save_dtype if _is_weight(name, leaf) else None)
+            name: ocp.SaveArgs(dtype=dtype if _is_weight(name, leaf) else None)
             for name, leaf in leaves.items()
         }
         items = {
@@ -242,8 +234,8 @@ class OrbaxCheckpointManagerInterface:
                 save_args=traverse_util.unflatten_dict(args, sep="/"),
             )
         }
-        if self._dataset_iterator is not None:
-            items[_DATASET] = ocp.args.JsonSave({"batches": self._dataset_iterator.batches})
+        if self.dataset_iterator is not None:
+            items[_DATASET] = ocp.args.JsonSave({"batches": self.dataset_iterator.batches})
         return bool(self._saved.save(step, args=ocp.args.Composite(**items), force=True))
 
     def restore(
@@ -252,25 +244,22 @@ class OrbaxCheckpointManagerInterface:
         plan: Mapping[str, SavedLeaf],
         fallback_state: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Read a checkpoint onto this run's devices, whatever devices it was saved from.
+        """Read the checkpoint at `path` onto the run's devices, by `plan_restore`'s plan.
 
-        Args:
-          path: the checkpoint's own folder.
-          plan: what `plan_restore` returned.
-          fallback_state: a state dict that fills in what the plan leaves out.
+        `fallback_state`, a state dict, fills in what the plan leaves out.
         """
         begun = time.monotonic()
-        expected = self._train_state.state_dict()
+        expected = self.train_state.state_dict()
         wanted = _leaves(expected)
-        axes = self._partitioner.get_mesh_axes(self._train_state).state_dict()
+        axes = self.partitioner.get_mesh_axes(self.train_state).state_dict()
         specs = traverse_util.flatten_dict(dict(axes), sep="/")
         abstract, args = {}, {}
         for name, leaf in plan.items():
             dtype = wanted[name].dtype
             # Only weights are cast: a step of 12345 read as bfloat16 would be 12352.
-            if self._restore_dtype is not None and _is_weight(name, wanted[name]):
-                dtype = self._restore_dtype
-            sharding = NamedSharding(self._partitioner.mesh, specs.get(name) or PartitionSpec())
+            if self.restore_dtype and _is_weight(name, wanted[name]):
+                dtype = np.dtype(self.restore_dtype)
+            sharding = NamedSharding(self.partitioner.mesh, specs.get(name) or PartitionSpec())
             abstract[leaf.name] = jax.ShapeDtypeStruct(leaf.shape, dtype)
             args[leaf.name] = ocp.ArrayRestoreArgs(
                 sharding=sharding, global_shape=leaf.shape, dtype=dtype
@@ -290,7 +279,7 @@ class OrbaxCheckpointManagerInterface:
             result.update(traverse_util.flatten_dict(dict(fallback_state), sep="/"))
         result.update({name: read[leaf.name] for name, leaf in plan.items()})
         logging.info("Read %s in %.1f s.", path, time.monotonic() - begun)
-        return self._train_state.restore_state(traverse_util.unflatten_dict(result, sep="/"))
+        return self.train_state.restore_state(traverse_util.unflatten_dict(result, sep="/"))
 
     def close(self) -> None:
         """Wait for the save under way and free what Orbax holds; a failed save raises here."""

@@ -51,32 +51,24 @@ class TransformerSizes:
     float32_attention_logits: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.mlp_activations, str):
-            # A list from gin would make the modules that hold a configuration unhashable.
-            object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        is_size = {
-            field.name: isinstance(getattr(self, field.name), int) and getattr(self, field.name) > 0
-            for field in dataclasses.fields(self)
-            if field.type in (int, "int")
-        }
-        known = [
-            callable(x) or x == "linear" or callable(getattr(nn, x, None))
-            for x in self.mlp_activations
-        ]
-        dtype = getattr(self.dtype, "__name__", str(self.dtype))
-        for field, holds, allowed in (
-            *((name, holds, "an integer of at least 1") for name, holds in is_size.items()),
-            ("dropout_rate", 0.0 <= self.dropout_rate < 1.0, "at least 0 and below 1"),
-            ("dtype", dtype in _DTYPES, f"one of {_DTYPES}"),
-            (
-                "mlp_activations",
-                known and all(known) and not isinstance(self.mlp_activations, str),
-                "a sequence of 'linear' and names in flax.linen, such as ('gelu', 'linear')",
-            ),
-        ):
+        def check(field, holds, allowed):
             if not holds:
                 got = getattr(self, field)
                 raise ValueError(f"{type(self).__name__}.{field} must be {allowed}, got {got!r}.")
+
+        for field in dataclasses.fields(self):
+            if field.type in (int, "int"):
+                value = getattr(self, field.name)
+                check(field.name, isinstance(value, int) and value >= 1, "an integer of at least 1")
+        dtype = getattr(self.dtype, "__name__", str(self.dtype))
+        check("dtype", dtype in _DTYPES, f"one of {_DTYPES}")
+        check("dropout_rate", 0.0 <= self.dropout_rate < 1.0, "at least 0 and below 1")
+        names = self.mlp_activations
+        known = names and not isinstance(names, str) and all(map(_activation, names))
+        allowed = "a sequence of 'linear' and names in flax.linen, such as ('gelu', 'linear')"
+        check("mlp_activations", known, allowed)
+        # A list from gin would make the modules that hold a configuration unhashable.
+        object.__setattr__(self, "mlp_activations", tuple(names))
 
 
 class Dense(nn.Module):
@@ -355,7 +347,7 @@ def _dropout(cfg: TransformerSizes) -> nn.Dropout:
     return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
 
-def _activation(activation: str | Callable) -> Callable:
+def _activation(activation: str | Callable) -> Callable | None:
     if activation == "linear":
         return lambda x: x
-    return activation if callable(activation) else getattr(nn, activation)
+    return activation if callable(activation) else getattr(nn, activation, None)

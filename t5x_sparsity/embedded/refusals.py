@@ -6,13 +6,10 @@ from typing import Any, NoReturn
 
 
 def refuse(argument: str, value: Any, accepted: Any = None, why: str = "does less") -> None:
-    """Raises a ValueError unless `value` is what the embedded host takes for `argument`.
+    """Raises a ValueError unless `value` is `accepted`, the only one that the embedded host takes.
 
-    Args:
-      argument: the name to bind in gin, such as 'train.gc_period'.
-      value: what it was set to.
-      accepted: the only value that the embedded host takes.
-      why: what the embedded host does or doesn't do, to follow its name.
+    `argument` is the name to bind in gin, such as 'train.gc_period'; `why` follows "the embedded
+    host", such as "does less".
     """
     if value != accepted:
         raise ValueError(
