@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import re
 
 import clu.values
 import rich.console
@@ -57,7 +58,7 @@ def test_bar_on_a_terminal_prints_logs_above_itself():
         report.watch(2, done(**VALUES))
         handler.python_handler.stream.write("I0101 [a line of the log]\n")
     assert handler.python_handler.stream is before
-    shown = screen.file.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", screen.file.getvalue())  # without colours
     assert "I0101 [a line of the log]" in shown
     assert "step 3/4" in shown
     assert "loss 2.5000, sparsity 80.00%" in shown
