@@ -22,7 +22,6 @@ from t5x_sparsity.artifacts.encodings import (
     check,
     group_counts,
 )
-from t5x_sparsity.artifacts.found_patterns import parse_pattern
 
 # the values' name, beside the arrays that place them
 VALUES = "values"
@@ -131,22 +130,18 @@ def choose(
 
 def from_pattern(pattern: str, shape: Sequence[int], stack_axes: Sequence[int]) -> Encoding | None:
     """The encoding of a pattern by its repr; None if it has none of its own."""
+    from t5x_sparsity.core import patterns  # here, as it imports JAX
+
+    known = patterns.from_text(pattern)
+    free = patterns.free_axes(len(shape), stack_axes)
     try:
-        name, fields = parse_pattern(pattern)
-        free = [a for a in range(len(shape)) if a not in stack_axes]
-        if name == "NByM":
-            return NM(n=fields["n"], m=fields["m"], axis=free[fields["axis"]])
-        block = [1] * len(shape)
-        if name == "Block":
-            for axis, n in ((free[-2], fields["height"]), (free[-1], fields["width"])):
-                block[axis] = n or shape[axis]
-            return Blocks(block=tuple(block))
-        if name == "Channel":
-            for axis in set(free) - {free[fields["axis"]]}:
-                block[axis] = shape[axis]
-            return Blocks(block=tuple(block))
-    except (ValueError, KeyError, IndexError, TypeError):
-        pass  # another pattern, or one of somebody's own: what there is will be looked at
+        if isinstance(known, patterns.NByM):
+            return NM(n=known.n, m=known.m, axis=free[known.axis])
+        if isinstance(known, patterns.Block | patterns.Channel):
+            lengths = dict(zip(free, known.unit_shape([shape[a] for a in free]), strict=True))
+            return Blocks(block=tuple(lengths.get(a, 1) for a in range(len(shape))))
+    except (ValueError, IndexError, TypeError):
+        pass  # a weight that can't take the pattern
     return None
 
 

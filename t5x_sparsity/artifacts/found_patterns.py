@@ -7,15 +7,17 @@ where it holds exactly in every slice, and where there is something to hold.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from t5x_sparsity.artifacts.kept_bits import KeptBits
+
+if TYPE_CHECKING:
+    from t5x_sparsity.core import patterns
 
 # N:M is looked for with M up to this.
 MAX_GROUP = 32
@@ -122,7 +124,7 @@ class PatternFinder:
           expected: repr of a pattern of t5x_sparsity, such as 'NByM(n=2, m=4, axis=-2)', to compare
             with; None for none.
         """
-        self._expected = None if expected is None else parse_pattern(expected)
+        self._expected = None if expected is None else _read_pattern(expected)
         self._follows = True if self._expected else None
         self._slices = self._size = self._kept = self._rows = self._columns = 0
         self._dead_rows = self._dead_columns = 0
@@ -161,8 +163,11 @@ class PatternFinder:
                 self._at_most[way] = length % 4 == 0 and _most(bits, 4, inner, 2) <= 2
             if self._steps[way] != 1:
                 self._steps[way] = _step(bits, length, inner, self._steps[way])
-        if self._follows:
-            self._follows = _follows(self._expected, bits, rows, columns)
+        if self._expected and self._follows:
+            try:
+                self._follows = self._expected.holds(bits.mask())
+            except (ValueError, TypeError):  # the slice can't take it
+                self._follows = None
 
     def _add_fan(self, way: str, counts: np.ndarray) -> None:
         live = counts[counts > 0]
@@ -294,54 +299,7 @@ def _step(bits: KeptBits, length: int, inner: int, step: int = 0) -> int:
     return step
 
 
-def parse_pattern(text: str) -> tuple[str, dict[str, Any]] | None:
-    """The name and arguments of a pattern's repr; None where it is no such thing."""
-    try:
-        call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            return None
-        return call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return None
+def _read_pattern(text: str) -> patterns.BuiltIn | None:
+    from t5x_sparsity.core import patterns  # here, as it imports JAX
 
-
-def _follows(
-    pattern: tuple[str, dict[str, Any]], bits: KeptBits, rows: np.ndarray, columns: np.ndarray
-) -> bool | None:
-    """Whether a pattern holds in a slice, along the axes that it names; None: it isn't known."""
-    name, arguments = pattern
-    shape = bits.shape
-
-    def per_index(axis: int) -> np.ndarray:
-        """Weights kept at every index along an axis of the slice."""
-        axis = range(len(shape))[axis]
-        first, dims, counts = 0, bits.inputs, rows
-        if axis >= len(bits.inputs):
-            first, dims, counts = len(bits.inputs), bits.outputs, columns
-        others = tuple(a for a in range(len(dims)) if a != axis - first)
-        return counts.reshape(dims).sum(axis=others)
-
-    try:
-        if name == "Unstructured":
-            return True
-        if name == "NByM":
-            axis = range(len(shape))[arguments.get("axis", -2)]
-            n, m, inner = arguments["n"], arguments["m"], math.prod(shape[axis + 1 :])
-            return shape[axis] % m == 0 and _exactly(bits, m, inner) == n
-        if name == "ConstantFanIn":
-            counts = per_index(-1)
-            live = counts[counts > 0]
-            return bool((live == live[:1]).all())
-        if name == "Channel":
-            counts = per_index(arguments.get("axis", -1))
-            return bool(np.isin(counts, (0, bits.size // counts.size)).all())
-        if name == "Block":
-            steps = [(arguments["height"], -2), (arguments["width"], -1)]
-            for n, axis in steps:
-                inner = 1 if axis == -1 else shape[-1]
-                if _step(bits, shape[axis], inner) % (n or shape[axis]):
-                    return False
-            return True
-    except (KeyError, IndexError, TypeError, ZeroDivisionError):
-        return None
-    return None
+    return patterns.from_text(text)

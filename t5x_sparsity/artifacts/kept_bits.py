@@ -60,6 +60,10 @@ class KeptBits:
         bits = np.unpackbits(packed, axis=-1, count=self.shape[-1])
         return bits.reshape(len(packed), self.columns).view(bool)
 
+    def mask(self) -> np.ndarray:
+        """The slice: bool, in its shape."""
+        return self.band(0, self.rows).reshape(self.shape)
+
     def bands(self, multiple: int = 1) -> Iterator[np.ndarray]:
         """The matrix, a multiple of so many rows at a time; what is over at the end comes last."""
         step = max(1, _BAND // max(1, self.columns * multiple)) * multiple

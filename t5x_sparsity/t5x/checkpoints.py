@@ -20,6 +20,7 @@ from flax import serialization, traverse_util
 
 from t5x_sparsity import host
 from t5x_sparsity.core.contract import Plan
+from t5x_sparsity.core.patterns import to_text
 from t5x_sparsity.core.plan import schedules
 from t5x_sparsity.core.train_step import EXPLORED
 
@@ -225,7 +226,7 @@ def _record(plan: Plan) -> dict[str, dict[str, Any]]:
             "shape": list(layer.shape),
             "sparsity": layer.level,
             "kept": layer.kept,
-            "pattern": repr(layer.pattern),
+            "pattern": to_text(layer.pattern),
             "algorithm": type(layer.algorithm).__name__,
             "start_step": _start_step(layer.algorithm.updates),
             "axes": None if layer.axes is None else list(layer.axes),

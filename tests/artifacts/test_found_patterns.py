@@ -12,7 +12,7 @@ from meshes import quick_jit
 
 import t5x_sparsity as ts
 from t5x_sparsity.artifacts import found_patterns, kept_bits
-from t5x_sparsity.artifacts.found_patterns import PatternFinder, parse_pattern
+from t5x_sparsity.artifacts.found_patterns import PatternFinder
 from t5x_sparsity.artifacts.kept_bits import KeptBits
 from t5x_sparsity.core.matrix_axes import matrix_axes
 from t5x_sparsity.core.selection import Choice, select_masks
@@ -303,20 +303,14 @@ def test_a_mask_follows_the_pattern_that_made_it(pattern, output_axes):
 
 
 @pytest.mark.parametrize(
-    "text", ["Mine(a=1)", "NByM(n=2)", "Channel(axis=7)", "Block(height='x', width=1)"]
+    "text",
+    [
+        *("Mine(a=1)", "NByM(n=2)", "Channel(axis=7)", "Channel(axis='x')", "NByM(n=1, m=2.0)"),
+        *("Block(height='x', width=1)", "", "a.B()", "(", "f(1)", "x", "f(a=g())"),
+    ],
 )
 def test_a_pattern_that_is_not_known_is_not_compared_with(text):
     assert find(matrix("#. ##"), expected=text).follows is None
-
-
-@pytest.mark.parametrize("text", ["", "a.B()", "(", "f(1)", "x", "f(a=g())"])
-def test_what_is_no_pattern(text):
-    assert parse_pattern(text) is None
-    assert find(matrix("#. ##"), expected=text).follows is None
-
-
-def test_a_pattern_is_parsed():
-    assert parse_pattern(repr(ts.NByM(n=2, m=4))) == ("NByM", {"n": 2, "m": 4, "axis": -2})
 
 
 def test_matrices_without_weights_have_no_pattern():
