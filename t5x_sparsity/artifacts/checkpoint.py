@@ -30,6 +30,7 @@ from t5x_sparsity.artifacts.checkpoint_arrays import (
     whole_index,
 )
 from t5x_sparsity.artifacts.record import parse_record
+from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 
 _NAME = re.compile(r"checkpoint_(\d+)")
 # what Orbax and T5X call a save that is under way, or was killed
@@ -100,12 +101,37 @@ class Checkpoint:
         names = self.record_of(path).get("axes")
         return None if names is None else tuple(names)
 
+    def matrix_axes(self, path: str) -> MatrixAxes:
+        """How a weight is a stack of matrices, by the record where it knows the axes."""
+        ndim = len(self.weights[path].shape)
+        return matrix_axes(ndim, self.stack_axes(path), self.axes(path))
+
+    def zeros_are_pruned(self, path: str) -> bool:
+        """Whether a weight's own zeros stand for a mask: it is a matrix, and nothing has a mask."""
+        axes = self.matrix_axes(path)
+        return not self.masks and bool(axes.inputs and axes.outputs)
+
     def record_of(self, path: str) -> Mapping[str, Any]:
         """What the record says of a weight; {} where that is of a weight of another shape."""
         entry = self.record.get(path, {})
         weight = self.weights.get(path)
         fits = weight is None or tuple(entry.get("shape", weight.shape)) == weight.shape
         return entry if fits else {}
+
+    def kept(self, path: str, x: np.ndarray, index: Sequence[slice] = ()) -> np.ndarray:
+        """Which weights are kept: bool, by the mask, else by `zeros_are_pruned`, else all.
+
+        Args:
+          path: of the weight.
+          x: its values, those of `index`.
+          index: as of `read_mask`.
+
+        Raises:
+          CheckpointError: see `read_mask`.
+        """
+        if path in self.masks:
+            return self.read_mask(path, index)
+        return x != 0 if self.zeros_are_pruned(path) else np.ones(x.shape, bool)
 
     def read_mask(self, path: str, index: Sequence[slice] = ()) -> np.ndarray:
         """Reads a mask, or a part of it: bool, True where the weight is kept.

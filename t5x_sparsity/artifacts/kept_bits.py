@@ -69,3 +69,12 @@ class KeptBits:
         step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
         for start in range(0, self.rows, step):
             yield self.band(start, min(start + step, self.rows))
+
+
+def slices_of(kept: np.ndarray, stack_axes: Sequence[int] = ()) -> Iterator[KeptBits]:
+    """The slices of a weight, from a bool array of its shape that is True where it is kept."""
+    stacked = np.moveaxis(kept, stack_axes, range(len(stack_axes)))
+    for at in np.ndindex(*stacked.shape[: len(stack_axes)]):
+        bits = KeptBits(stacked[at].shape)
+        bits.add(stacked[at])
+        yield bits
