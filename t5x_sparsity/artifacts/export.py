@@ -215,7 +215,7 @@ def _exported(
     checkpoint: Checkpoint, path: str, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
     recorded = checkpoint.record_of(path)
-    pattern, stack_axes = recorded.get("pattern", ""), tuple(checkpoint.stack_axes(path))
+    pattern, stack_axes = recorded.pattern or "", checkpoint.stack_axes(path)
     kept, has_mask, note = _kept(checkpoint, path, x)
     encoding: Encoding = Dense()
     if format == "compressed":
@@ -244,7 +244,7 @@ def _exported(
         encoding=encoding,
         has_mask=has_mask and (not is_dense or count == x.size),
         pattern=pattern,
-        algorithm=recorded.get("algorithm", ""),
+        algorithm=recorded.algorithm or "",
         stack_axes=stack_axes,
         dense_bytes=x.nbytes,
         exported_bytes=sum(a.nbytes for a in arrays.values()),

@@ -410,8 +410,8 @@ BuiltIn = Unstructured | Block | Channel | ConstantFanIn | NByM
 
 
 def to_text(pattern: Pattern) -> str:
-    """A pattern as files name it, such as 'NByM(n=2, m=4, axis=-2)': its repr."""
-    return repr(pattern)
+    """A pattern as files name it, such as 'NByM(n=2, m=4, axis=-2)': its repr, in one line."""
+    return " ".join(repr(pattern).split())
 
 
 def from_text(text: str) -> BuiltIn | None:

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from t5x_sparsity.artifacts.checkpoint import Checkpoint
 from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense
 from t5x_sparsity.artifacts.export import ExportError, export, load_export
+from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 from t5x_sparsity.embedded import decoder_only
 
@@ -38,7 +39,7 @@ class Memory:
         self.masks, self.record, self.step = kept, record, step
 
     def record_of(self, path):
-        return self.record.get(path, {})
+        return WeightRecord.from_dict(self.record.get(path, {}))
 
     def read_mask(self, path, index=()):
         return self.masks[path]
@@ -50,7 +51,7 @@ class Memory:
     matrix_axes = Checkpoint.matrix_axes
 
     def stack_axes(self, path):
-        return tuple(self.record_of(path).get("stack_axes", ()))
+        return self.record_of(path).stack_axes or ()
 
 
 def checkpoint(weights, kept=None, record=None, step=7):

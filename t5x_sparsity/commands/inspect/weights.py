@@ -103,9 +103,9 @@ def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n
         "dtype": weight.dtype.name,
         "axes": axes,
         "has_mask": has_mask,
-        "target": record.get("sparsity"),
-        "pattern": record.get("pattern", ""),
-        "algorithm": record.get("algorithm", ""),
+        "target": record.sparsity,
+        "pattern": record.pattern or "",
+        "algorithm": record.algorithm or "",
     }
     if not has_mask and not checkpoint.zeros_are_pruned(path) or not weight.shape:
         progress(weight.nbytes)
