@@ -6,6 +6,7 @@ keeps. Which ones is a matter of scores, for all weights of a model at once: see
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_sparsity.core import exact_sums, topk
+from t5x_sparsity.core.groups import group_counts
 
 
 class Pattern(Protocol):
@@ -82,6 +85,26 @@ class _Together:
         return ()
 
 
+class _Whole(_Together):
+    """A pattern's part where a unit is a box of weights that live and die together."""
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Lengths of a unit along the axes of a slice; at its edge, units may be shorter."""
+        raise NotImplementedError
+
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Whether a bool mask of the whole weight keeps and prunes whole units only."""
+        free = free_axes(mask.ndim, stack_axes)
+        # what is alike along each axis is alike in boxes
+        for axis, length in zip(free, self.unit_shape([mask.shape[a] for a in free]), strict=True):
+            along = np.moveaxis(mask, axis, 0)
+            starts = range(0, len(along), length) if length > 1 else ()
+            units = (along[start : start + length] for start in starts)
+            if not all((unit == unit[:1]).all() for unit in units):
+                return False
+        return True
+
+
 class _Weights(_Together):
     """A pattern's part where every weight is a unit of its own."""
 
@@ -119,9 +142,13 @@ class Unstructured(_Weights):
     def kept(self, shape: Sequence[int], sparsity: float) -> int:
         return _kept(self.units(shape), sparsity)
 
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Always: any mask is unstructured."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Block(_Together):
+class Block(_Whole):
     """Blocks of `height` x `width` over a slice's last two axes live and die together.
 
     A block's score is its weights' mean or largest |score|; a block at a ragged edge pools what is
@@ -174,6 +201,10 @@ class Block(_Together):
     def _block(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.height or shape[-2], self.width or shape[-1]
 
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        _check_axis("Block", -2, shape)
+        return (*[1] * (len(shape) - 2), *self._block(shape))
+
     def _split(self, x, stack_axes, fill):
         """x as blocks, and the two axes that run within a block; ragged edges filled up."""
         rows, columns = free_axes(x.ndim, stack_axes)[-2:]
@@ -217,7 +248,7 @@ class Block(_Together):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Channel(_Together):
+class Channel(_Whole):
     """Whole channels along `axis` of a slice live and die together.
 
     A channel's score is the sum of |score| over its weights. axis -1 are the output neurons of a
@@ -247,6 +278,11 @@ class Channel(_Together):
         """The axes that run within a channel."""
         free = free_axes(ndim, stack_axes)
         return tuple(a for a in free if a != free[self.axis])
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        _check_axis("Channel", self.axis, shape)
+        within = self._within(len(shape), ())
+        return tuple(n if a in within else 1 for a, n in enumerate(shape))
 
     def pool(self, scores, stack_axes):
         return exact_sums.ordered_sum(scores, self._within(scores.ndim, stack_axes))
@@ -291,6 +327,12 @@ class ConstantFanIn(_Weights):
     def split_axes(self, ndim, stack_axes):
         return (free_axes(ndim, stack_axes)[-1],)
 
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Whether the neurons of a slice keep as many weights each; dead ones don't count."""
+        *inputs, neurons = free_axes(mask.ndim, stack_axes)
+        counts = np.count_nonzero(mask, axis=tuple(inputs), keepdims=True)
+        return bool(((counts == 0) | (counts == counts.max(axis=neurons, keepdims=True))).all())
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NByM(_Weights):
@@ -333,6 +375,15 @@ class NByM(_Weights):
         del sparsity
         return math.prod(shape) // self.m * self.n
 
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Whether every group keeps exactly n."""
+        free = free_axes(mask.ndim, stack_axes)
+        _check_axis("NByM", self.axis, [mask.shape[a] for a in free])
+        axis = free[self.axis]
+        if mask.shape[axis] % self.m:
+            return False
+        return bool((group_counts(mask, axis, self.m) == self.n).all())
+
     def choose(self, scores, k, keep, where, stack_axes) -> jax.Array:
         """The largest of every group; what `keep` marks comes first, what `where` bars last.
 
@@ -362,3 +413,24 @@ class NByM(_Weights):
             rank += (before | (tied & (j < place))).astype(jnp.int32)
         chosen = (rank < n) & (tier > 0)
         return chosen.reshape(scores.shape)
+
+
+BuiltIn = Unstructured | Block | Channel | ConstantFanIn | NByM
+
+
+def to_text(pattern: Pattern) -> str:
+    """A pattern as files name it, such as 'NByM(n=2, m=4, axis=-2)': its repr, in one line."""
+    return " ".join(repr(pattern).split())
+
+
+def from_text(text: str) -> BuiltIn | None:
+    """The pattern that `to_text` wrote; None for any other text, such as a user's own pattern."""
+    known = {cls.__name__: cls for cls in (Unstructured, Block, Channel, ConstantFanIn, NByM)}
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            return None
+        fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return known[call.func.id](**fields)
+    except (KeyError, SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
