@@ -6,8 +6,11 @@ users need no host, and those of the plugin need one, T5X or the embedded host.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from t5x_sparsity.extras import requires
 
 # isort: off
 if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr__
@@ -147,15 +150,19 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("host",)
+# Modules without a host of their own that need an extra; `host` names its own.
+_EXTRAS = {"artifacts.export": "tools"}
 
 __all__ = sorted([*_MODULE_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
-        value = globals()[name] = getattr(module, name)
-        return value
+        module = _MODULE_OF[name]
+        extra = _EXTRAS.get(module)
+        with requires(extra, name) if extra else contextlib.nullcontext():
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return globals().setdefault(name, value)
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as e:

@@ -69,3 +69,11 @@ def test_a_host_without_its_extra_is_one_line(code, hidden):
     assert line.endswith(
         'which isn\'t installed; install it by pip install "t5x_sparsity[embedded]"'
     )
+
+
+def test_load_export_without_its_extra_is_one_line():
+    line = last_line("import t5x_sparsity; t5x_sparsity.load_export", "etils")
+    assert line == (
+        "t5x_sparsity.extras.MissingExtra: load_export needs etils, which isn't installed; "
+        'install it by pip install "t5x_sparsity[tools]"'
+    )
