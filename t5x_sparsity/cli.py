@@ -59,11 +59,11 @@ def _run(values: argparse.Namespace) -> int:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if "prepare" in values:
-        values.prepare(values)
     name = values.command.replace("-", "_")
     fields = dataclasses.fields(values.options)
     options = values.options(**{f.name: getattr(values, f.name) for f in fields})
+    if hasattr(options, "set_environment"):
+        options.set_environment()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a name that a terminal can't show is no reason to fail
