@@ -1,4 +1,4 @@
-"""What a sparse run writes beside the host's own metrics, and when."""
+"""What a sparse run writes next to the host's own metrics, and when."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PICTURE_TIMES = (0.25, 0.5, 0.75, 1.0)
 
 
 class RunMetrics:
-    """Watches the masks of a run, and writes their metrics once a stats period.
+    """Watches the masks of a run, and writes their metrics once per stats period.
 
-    The train steps are not touched: the masks before the last update of a period, or the last of
-    each algorithm's, are copied, a bit a weight, and counted with those at its end. A thread of its
-    own waits for the devices.
+    The train steps are not touched. The masks before each algorithm's last update of a period are
+    copied, one bit per weight where they are packed, and counted with those at its end. A thread of
+    its own waits for the devices.
     """
 
     def __init__(self, plan: Plan, axes: SparsityState, partitioner: Any, manager: Any):
