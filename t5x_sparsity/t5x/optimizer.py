@@ -124,7 +124,7 @@ class SparseOptimizer(host.OptimizerDef):
         return host.Optimizer(self, state, unflatten(target, weights))
 
     def apply_gradient(self, hyper_params, params, state, grads):
-        """One train step's change of weights and optimizer state, and of masks where they are due."""
+        """One train step's change of weights and optimizer state, and of masks in an update."""
         if self.step_kind is None:
             raise ValueError(UNDRIVEN)
 
