@@ -87,68 +87,26 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
 
 __version__ = "0.1.0"
 
-# The module of each public name; a test compares it with the imports above.
+# The public names of each module; a test compares them with the imports above.
 _NAMES = {
     "algorithms": (
-        "ACDC",
-        "AdamFisher",
-        "Algorithm",
-        "DecayingMask",
-        "Dense",
-        "GlobalMagnitude",
-        "GlobalSaliency",
-        "GraNet",
-        "IterativeNM",
-        "MEST",
-        "Magnitude",
-        "MagnitudeSTE",
-        "RandomPruning",
-        "RandomSTE",
-        "RigL",
-        "SET",
-        "SNFS",
-        "SRSTE",
-        "SRigL",
-        "Saliency",
-        "Static",
-        "StructureDecay",
-        "TopKAST",
+        "ACDC AdamFisher Algorithm DecayingMask Dense GlobalMagnitude GlobalSaliency GraNet "
+        "IterativeNM MEST Magnitude MagnitudeSTE RandomPruning RandomSTE RigL SET SNFS SRSTE "
+        "SRigL Saliency Static StructureDecay TopKAST"
     ),
-    "core.config": ("SparsityConfig",),
-    "artifacts.export": ("load_export",),
-    "monitoring.summary": ("sparsity_summary", "summary_table"),
-    "core.patterns": (
-        "Block",
-        "Channel",
-        "ConstantFanIn",
-        "NByM",
-        "Unstructured",
-    ),
-    "core.plan": ("Rule",),
+    "core.config": "SparsityConfig",
+    "artifacts.export": "load_export",
+    "monitoring.summary": "sparsity_summary summary_table",
+    "core.patterns": "Block Channel ConstantFanIn NByM Unstructured",
+    "core.plan": "Rule",
     "t5x": (
-        "SparseOptimizer",
-        "SparseTrainStateInitializer",
-        "checkpoint_step",
-        "from_dense",
-        "make_sparse",
-        "sparse_trainer",
+        "SparseOptimizer SparseTrainStateInitializer checkpoint_step from_dense make_sparse "
+        "sparse_trainer"
     ),
-    "core.schedules": (
-        "Constant",
-        "Cosine",
-        "Exponential",
-        "Listed",
-        "Never",
-        "OneShot",
-        "Periodic",
-        "Polynomial",
-    ),
-    "transformation": (
-        "apply_masks",
-        "sparsify",
-    ),
+    "core.schedules": "Constant Cosine Exponential Listed Never OneShot Periodic Polynomial",
+    "transformation": "apply_masks sparsify",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = ("host",)
 # Modules without a host of their own that need an extra; `host` names its own.
 _EXTRAS = {"artifacts.export": "tools"}
