@@ -89,7 +89,7 @@ def _run(values: argparse.Namespace) -> int:
 
 
 def _drop_output() -> None:
-    """Lets go of output that can't be written; Python would try, and complain, as it ends."""
+    """Discards output that can't be written, or Python would try again as it ends, and complain."""
     try:
         sys.stdout.flush()
     except OSError:

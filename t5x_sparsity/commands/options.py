@@ -1,6 +1,6 @@
 """A command's options, each said once: the fields of a dataclass are the arguments of its parser.
 
-Imports the standard library alone, as help needs no more.
+Imports the standard library alone, so that help is quick.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from t5x_sparsity.t5x import SparseTrainStateInitializer
 
 # Stand-ins: a plan needs no folder, and making a task may read data.
 _NO_MODEL_DIR, _NO_TASK = "no_model_dir", "no_task"
-# gin computes what is bound even where the caller gives another value; this one may read data.
+# Of a bound reference, gin computes the value even where the caller gives another. This one may
+# read data.
 _REFERENCES = "t5x_sparsity.sparse_trainer.reference_losses"
 
 

@@ -269,7 +269,7 @@ def with_optimizer(train_state, optimizer_def):
 def sparsity_leaves(state: SparsityState) -> dict[str, Any]:
     """The leaves of a sparsity state by their path in a checkpoint."""
     arrays = {"masks": state.masks, **state.slots}
-    leaves = {f"{SPARSITY}{name}/{p}": x for name, of in arrays.items() for p, x in of.items()}
+    leaves = {f"{SPARSITY}{name}/{p}": x for name, part in arrays.items() for p, x in part.items()}
     return {**leaves, f"{SPARSITY}rng": state.rng}
 
 
@@ -278,7 +278,7 @@ def _state_of(like: SparsityState, leaf: Callable[[str, str], Any], rng: Any) ->
     return SparsityState(
         masks={p: leaf("masks", p) for p in like.masks},
         rng=rng,
-        slots={name: {p: leaf(name, p) for p in of} for name, of in like.slots.items()},
+        slots={name: {p: leaf(name, p) for p in part} for name, part in like.slots.items()},
     )
 
 

@@ -165,7 +165,7 @@ class SparseTrainer:
         if not self._compiled_steps:
             return self._steps[kind]
         for compiling in self._compiled_steps.values():
-            # a failure is better known now than when that step is due
+            # raises a failure now rather than when that step is due
             if compiling.done():
                 compiling.result()
         return self._compiled_steps[kind].result()

@@ -22,7 +22,7 @@ from t5x_sparsity.commands.text import evenly_spaced
 # The most points of a curve on the page, and the most columns of a heatmap.
 MAX_POINTS = 1000
 MAX_COLUMNS = 200
-# of one height, however many rows there are
+# its height doesn't depend on the number of rows
 _COLORBAR = {"lenmode": "pixels", "len": 200, "y": 1, "yanchor": "top"}
 # axes; formats are those of d3
 _STEPS = {"title": {"text": "step"}, "hoverformat": ","}
@@ -58,7 +58,7 @@ class Chart:
       id: of its element.
       title: above it.
       note: below the title, plain text.
-      runs: the runs that it has.
+      runs: that it shows.
       keys: its legend next to the runs' colours; one kind of line needs none.
       data: plotly's traces; `meta` is the index of the run.
       layout: plotly's layout, without what all charts share.
@@ -181,8 +181,8 @@ def _churn_by_layer(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray] 
     churn = np.full((len(paths), len(steps)), np.nan)
     for row, path in enumerate(paths):
         finite = np.isfinite(series[path].values)
-        # of the steps up to a column's, after the column before, the last counts: weights may be
-        # updated at steps of their own
+        # a column stands for the steps after the one before it, and shows the last of them: weights
+        # may be updated at steps of their own
         at = np.searchsorted(steps, series[path].steps[finite])
         churn[row, at] = series[path].values[finite]
     return None if np.isnan(churn).all() else (paths, steps, churn)
@@ -345,7 +345,7 @@ def _series_chart(
     for run in found:
         data.append(_line(run, run.run.train[first[0]], first[1], shape=shape))
         if second and second[0] in run.run.train:
-            # its own look shows where one line lies on the other
+            # another style, since one line may lie on the other
             line = _line(run, run.run.train[second[0]], second[1], shape=shape)
             color = line["line"]["color"] if len(runs) > 1 else "@ink"
             style = {"color": color, "width": 1.5, "dash": keys[1].style, "shape": shape}
@@ -375,7 +375,7 @@ _shares_from_zero = functools.partial(_shares, from_zero=True)
 def thinned(series: Series, limit: int = MAX_POINTS) -> Series:
     """At most `limit` points: the lowest and the highest of each of limit / 2 stretches.
 
-    What isn't finite stays where a stretch has nothing else. No spike is lost.
+    A stretch without any finite value keeps its first. No spike is lost.
     """
     n = len(series.steps)
     if n <= limit:
