@@ -94,7 +94,7 @@ class StructureDecay(UnderMask):
     straight_through: bool = False
 
     @property
-    def dense_gradients(self) -> Need:
+    def dense_gradients(self) -> Need:  # type: ignore[override]  # nobody writes to it
         return Need.ALWAYS if self.straight_through else Need.NEVER
 
     def initial_masks(

@@ -36,7 +36,7 @@ class DropAndGrow(Algorithm):
     masks_gradients = True
 
     @property
-    def replaces_gradient_step(self) -> bool:
+    def replaces_gradient_step(self) -> bool:  # type: ignore[override]  # nobody writes to it
         return not self.take_gradient_step
 
     def initial_masks(

@@ -16,9 +16,7 @@ from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule,
 class UnderMask(Algorithm):
     """An algorithm that keeps dense weights under the mask; the optimizer updates those."""
 
-    @property
-    def dense_gradients(self) -> Need:
-        return Need.ALWAYS
+    dense_gradients = Need.ALWAYS
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
         # copies: a train loop may donate the weights and this state together

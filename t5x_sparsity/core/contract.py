@@ -191,16 +191,10 @@ class Algorithm:
 
     updates: UpdateSchedule  # no default here, or every algorithm would silently have it
     masks_gradients: bool = False
+    replaces_gradient_step: bool = False
+    dense_gradients: Need = Need.NEVER
     is_global: bool = False
     is_dense: bool = False
-
-    @property
-    def replaces_gradient_step(self) -> bool:
-        return False
-
-    @property
-    def dense_gradients(self) -> Need:
-        return Need.NEVER
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None
