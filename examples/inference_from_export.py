@@ -20,7 +20,6 @@ import numpy as np
 import scipy.sparse
 from flax import linen as nn
 from jax.experimental import sparse
-from tabulate import tabulate
 
 from t5x_sparsity.artifacts.export import load_export
 from t5x_sparsity.embedded import decoder_only, layers
@@ -119,7 +118,8 @@ def main(argv=None):
         parser.error("give an export, or --products, and not both")
     if values.products:
         headers = ("tokens", "sparsity", "dense, ms", "BCOO, ms", "SciPy CSR, ms")
-        print(tabulate(products(), headers=headers, disable_numparse=True, stralign="right"))
+        for row in (headers, *products()):
+            print("".join(f"{cell:>15}" for cell in row))
         return
     try:
         dense, bcoo, dense_ms, bcoo_ms = compare(

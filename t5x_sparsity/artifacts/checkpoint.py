@@ -29,7 +29,8 @@ from t5x_sparsity.artifacts.checkpoint_arrays import (
     short,
     whole_index,
 )
-from t5x_sparsity.artifacts.record import parse_record
+from t5x_sparsity.artifacts.record import RECORD, WeightRecord, read_record
+from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 
 _NAME = re.compile(r"checkpoint_(\d+)")
 # what Orbax and T5X call a save that is under way, or was killed
@@ -57,7 +58,7 @@ class Checkpoint:
     step: int
     layout: str
     leaves: Mapping[str, SavedArray]
-    record: Mapping[str, Mapping[str, Any]]
+    record: Mapping[str, WeightRecord]
     config_gin: str | None = None
     passed_over: Sequence[str] = ()
 
@@ -89,23 +90,46 @@ class Checkpoint:
 
         Whether the record says so is `knows_stack_axes`.
         """
-        return tuple(self.record_of(path).get("stack_axes") or ())
+        return self.record_of(path).stack_axes or ()
 
     def knows_stack_axes(self, path: str) -> bool:
         """Whether the record says which axes of the weight are stacked."""
-        return "stack_axes" in self.record_of(path)
+        return self.record_of(path).stack_axes is not None
 
     def axes(self, path: str) -> tuple[str | None, ...] | None:
         """The logical names of a weight's axes; None where the record doesn't have them."""
-        names = self.record_of(path).get("axes")
-        return None if names is None else tuple(names)
+        return self.record_of(path).axes
 
-    def record_of(self, path: str) -> Mapping[str, Any]:
-        """What the record says of a weight; {} where that is of a weight of another shape."""
-        entry = self.record.get(path, {})
-        weight = self.weights.get(path)
-        fits = weight is None or tuple(entry.get("shape", weight.shape)) == weight.shape
-        return entry if fits else {}
+    def matrix_axes(self, path: str) -> MatrixAxes:
+        """How a weight is a stack of matrices, by the record where it knows the axes."""
+        ndim = len(self.weights[path].shape)
+        return matrix_axes(ndim, self.stack_axes(path), self.axes(path))
+
+    def zeros_are_pruned(self, path: str) -> bool:
+        """Whether a weight's own zeros stand for a mask: it is a matrix, and nothing has a mask."""
+        axes = self.matrix_axes(path)
+        return not self.masks and bool(axes.inputs and axes.outputs)
+
+    def record_of(self, path: str) -> WeightRecord:
+        """What the record says of a weight; nothing where that is of a weight of another shape."""
+        entry, weight = self.record.get(path, WeightRecord()), self.weights.get(path)
+        fits = weight is None or entry.shape in (None, weight.shape)
+        return entry if fits else WeightRecord()
+
+    def kept(self, path: str, x: np.ndarray, index: Sequence[slice] = ()) -> np.ndarray:
+        """Which weights are kept: bool, by the mask, else by `zeros_are_pruned`, else all.
+
+        Args:
+          path: of the weight.
+          x: its values, those of `index`.
+          index: as of `read_mask`.
+
+        Raises:
+          CheckpointError: see `read_mask`.
+        """
+        if path in self.masks:
+            return self.read_mask(path, index)
+        return x != 0 if self.zeros_are_pruned(path) else np.ones(x.shape, bool)
 
     def read_mask(self, path: str, index: Sequence[slice] = ()) -> np.ndarray:
         """Reads a mask, or a part of it: bool, True where the weight is kept.
@@ -196,7 +220,7 @@ def _open(folder: epath.Path) -> Checkpoint:
     ]
     if alone:
         raise damaged(folder, f"it holds {alone[0]}, but no weight of that name")
-    record, config = _beside(folder, "sparsity.json"), _beside(folder, "config.gin")
+    record, config = _beside(folder, RECORD), _beside(folder, "config.gin")
     return Checkpoint(
         path=str(folder),
         step=_step(folder, leaves),
@@ -350,9 +374,9 @@ def _step(folder: epath.Path, leaves: Mapping[str, SavedArray]) -> int:
     return int(match[1])
 
 
-def _record(path: epath.Path) -> dict[str, dict[str, Any]]:
+def _record(path: epath.Path) -> dict[str, WeightRecord]:
     try:
-        return parse_record(path.read_bytes())
+        return read_record(path)
     except ValueError as e:
         raise CheckpointError(
             f"{path} is damaged ({short(e)}); move it away to go on without it"

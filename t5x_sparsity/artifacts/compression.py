@@ -20,15 +20,12 @@ from t5x_sparsity.artifacts.encodings import (
     Dense,
     Encoding,
     check,
-    group_counts,
 )
-from t5x_sparsity.artifacts.found_patterns import parse_pattern
+from t5x_sparsity.artifacts.kept_bits import slices_of
+from t5x_sparsity.artifacts.structure import StructureFinder
 
 # the values' name, beside the arrays that place them
 VALUES = "values"
-
-_FOUND_GROUPS = (2, 4, 8, 16, 32)
-_FOUND_BLOCKS = (64, 32, 16, 8, 4, 2)
 
 
 def encode(x: np.ndarray, kept: np.ndarray, encoding: Encoding) -> Arrays:
@@ -131,75 +128,35 @@ def choose(
 
 def from_pattern(pattern: str, shape: Sequence[int], stack_axes: Sequence[int]) -> Encoding | None:
     """The encoding of a pattern by its repr; None if it has none of its own."""
+    from t5x_sparsity.core import patterns  # here, as it imports JAX
+
+    known = patterns.from_text(pattern)
+    free = patterns.free_axes(len(shape), stack_axes)
     try:
-        name, fields = parse_pattern(pattern)
-        free = [a for a in range(len(shape)) if a not in stack_axes]
-        if name == "NByM":
-            return NM(n=fields["n"], m=fields["m"], axis=free[fields["axis"]])
-        block = [1] * len(shape)
-        if name == "Block":
-            for axis, n in ((free[-2], fields["height"]), (free[-1], fields["width"])):
-                block[axis] = n or shape[axis]
-            return Blocks(block=tuple(block))
-        if name == "Channel":
-            for axis in set(free) - {free[fields["axis"]]}:
-                block[axis] = shape[axis]
-            return Blocks(block=tuple(block))
-    except (ValueError, KeyError, IndexError, TypeError):
-        pass  # another pattern, or one of somebody's own: what there is will be looked at
+        if isinstance(known, patterns.NByM):
+            return NM(n=known.n, m=known.m, axis=free[known.axis])
+        if isinstance(known, patterns.Block | patterns.Channel):
+            lengths = dict(zip(free, known.unit_shape([shape[a] for a in free]), strict=True))
+            return Blocks(block=tuple(lengths.get(a, 1) for a in range(len(shape))))
+    except (ValueError, IndexError, TypeError):
+        pass  # a weight that can't take the pattern
     return None
 
 
 def find(
     kept: np.ndarray, *, exactly: bool = True, stack_axes: Sequence[int] = ()
 ) -> list[Encoding]:
-    """Encodings by the structure of `kept`: N:M for m up to 32, channels, blocks up to 64 long."""
-    found: list[Encoding] = []
+    """Encodings by the structure of `kept`; N:M along the last two axes of a slice comes first."""
     free = [a for a in range(kept.ndim) if a not in stack_axes]
-    if not kept.size:
-        return found
-    for axis in free[-2:]:
-        found += _groups(kept, axis, exactly)
+    if not kept.size or not free:
+        return []
+    finder = StructureFinder(free, fill=not exactly)
+    for bits in slices_of(kept, stack_axes):
+        finder.add(bits)
+    structure = finder.result()
+    groups = [*structure.filled_groups, *structure.groups]
+    groups.sort(key=lambda g: (g.axis not in free[-2:], g.axis, g.m))
+    found: list[Encoding] = [NM(n=g.n, m=g.m, axis=g.axis) for g in groups]
     # what is alike along each axis is alike in blocks
-    block = tuple(_run(kept, a) if a in free else 1 for a in range(kept.ndim))
-    if math.prod(block) > 1:
-        found.append(Blocks(block=block))
-    return found
-
-
-def _groups(kept: np.ndarray, axis: int, exactly: bool) -> list[Encoding]:
-    """Every n:m along an axis that holds."""
-    found: list[Encoding] = []
-    for m in _FOUND_GROUPS:
-        # most often a sample tells that there is no such pattern
-        if kept.shape[axis] % m or group_counts(_sample(kept, axis), axis, m).max() == m:
-            continue
-        counts = group_counts(kept, axis, m)
-        n, same = int(counts.max()), bool(counts.min() == counts.max())
-        if 0 < n < m and (same or not exactly):
-            found.append(NM(n=n, m=m, axis=axis))
-        if same:
-            break  # 4:8 says no more than 2:4
-    return found
-
-
-def _run(kept: np.ndarray, axis: int) -> int:
-    """The longest runs along an axis, from its origin, that are alike in all of `kept`."""
-    n = kept.shape[axis]
-    lengths = [n, *(b for b in _FOUND_BLOCKS if b < n)]
-    others = tuple(a for a in range(kept.ndim) if a != axis)
-    for part in (_sample(kept, axis), kept):
-        before, after = (_cut(part, axis, s) for s in (slice(n - 1), slice(1, n)))
-        alike = (before == after).all(axis=others)  # [i]: whether i and i + 1 are
-        inside = [np.arange(n - 1) % b != b - 1 for b in lengths]
-        lengths = [b for b, pairs in zip(lengths, inside, strict=True) if alike[pairs].all()]
-    return max(lengths, default=1)
-
-
-def _sample(x: np.ndarray, axis: int) -> np.ndarray:
-    """A corner of x that is whole along an axis."""
-    return x[tuple(slice(None) if a == axis else slice(16) for a in range(x.ndim))]
-
-
-def _cut(x: np.ndarray, axis: int, part: slice) -> np.ndarray:
-    return x[(slice(None),) * axis + (part,)]
+    block = tuple(structure.runs.get(a, 1) for a in range(kept.ndim))
+    return [*found, Blocks(block=block)] if math.prod(block) > 1 else found

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from t5x_sparsity.core.groups import group_counts
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -307,16 +309,6 @@ def from_dict(name: str, fields: Mapping[str, Any]) -> Encoding:
     own = [f.name for f in dataclasses.fields(cls)]
     check(all(f in fields for f in own), f"of its encoding {name!r}, one of {own} is missing")
     return cls(**{f: fields[f] for f in own})
-
-
-def group_counts(kept: np.ndarray, axis: int, m: int) -> np.ndarray:
-    """How many are kept in every run of m along an axis, unsigned; that axis is 1/m as long."""
-    axis %= kept.ndim
-    split = kept.reshape(*kept.shape[:axis], kept.shape[axis] // m, m, *kept.shape[axis + 1 :])
-    counts = np.zeros((*split.shape[: axis + 1], *split.shape[axis + 2 :]), _unsigned(m))
-    for j in range(m):  # much faster than to reduce a short axis
-        counts += split[(slice(None),) * (axis + 1) + (j,)]
-    return counts
 
 
 def check(condition: bool, what: str) -> None:

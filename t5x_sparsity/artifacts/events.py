@@ -22,7 +22,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
 from t5x_sparsity.artifacts.gin_values import AsWritten
-from t5x_sparsity.artifacts.record import parse_record
+from t5x_sparsity.artifacts.record import RECORD, read_record
 
 MASKS = "masks/"
 FAN_IN = "mask_fan_in/"
@@ -155,7 +155,7 @@ def read_run(folder: str) -> Run:
         evals=evals,
         masks=_below(train, MASKS, Image),
         fan_in=_below(train, FAN_IN, Histogram),
-        record=_read_record(root / "sparsity.json", remarks),
+        record=_read_record(root / RECORD, remarks),
         config=config,
         bindings=_bindings(config or "", remarks),
         weights=_weights(_text(root / "model-info.txt") or ""),
@@ -318,8 +318,10 @@ def _text(path: epath.Path) -> str | None:
 
 
 def _read_record(path: epath.Path, remarks: list[str]) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
     try:
-        return parse_record(path.read_bytes()) if path.is_file() else {}
+        return {p: entry.to_dict() for p, entry in read_record(path).items()}
     except ValueError as e:
         remarks.append(f"{path.name} can't be read ({e}), and is left out.")
         return {}

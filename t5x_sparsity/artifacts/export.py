@@ -49,8 +49,8 @@ class ExportedWeight:
       path: of the weight.
       shape: of the weight.
       dtype: in the file.
-      kept: positions that the mask keeps. Without a mask, those that aren't 0 if they are at most
-        half of a matrix, else all: such a weight is dense.
+      kept: positions that the mask keeps; without a mask in the whole checkpoint, those of a matrix
+        that aren't 0; else all.
       encoding: how it is stored.
       has_mask: whether the positions kept can be read back as the run's mask.
       pattern: as the run recorded it, '' for a weight that it doesn't list, as the next.
@@ -215,7 +215,7 @@ def _exported(
     checkpoint: Checkpoint, path: str, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
     recorded = checkpoint.record_of(path)
-    pattern, stack_axes = recorded.get("pattern", ""), tuple(checkpoint.stack_axes(path))
+    pattern, stack_axes = recorded.pattern or "", checkpoint.stack_axes(path)
     kept, has_mask, note = _kept(checkpoint, path, x)
     encoding: Encoding = Dense()
     if format == "compressed":
@@ -229,8 +229,8 @@ def _exported(
         )
     count = int(np.count_nonzero(kept))
     is_dense = isinstance(encoding, Dense)
-    if is_dense and format == "compressed" and count < x.size:
-        note = note or "stays dense, as no encoding is smaller; its mask isn't exported"
+    if is_dense and format == "compressed" and has_mask and count < x.size:
+        note = "stays dense, as no encoding is smaller; its mask isn't exported"
     signed = 0 if is_dense else int(np.count_nonzero((_bits(x) != 0) & ~kept))
     if signed:
         lost = f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
@@ -244,7 +244,7 @@ def _exported(
         encoding=encoding,
         has_mask=has_mask and (not is_dense or count == x.size),
         pattern=pattern,
-        algorithm=recorded.get("algorithm", ""),
+        algorithm=recorded.algorithm or "",
         stack_axes=stack_axes,
         dense_bytes=x.nbytes,
         exported_bytes=sum(a.nbytes for a in arrays.values()),
@@ -256,18 +256,15 @@ def _exported(
 
 def _kept(checkpoint: Checkpoint, path: str, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
     """(bool array of what is stored, whether it is the mask, a note)."""
+    kept = checkpoint.kept(path, x)
+    if path not in checkpoint.masks:
+        return kept, False, ""
     # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
     nonzero = x != 0
-    if path in checkpoint.masks:
-        mask = checkpoint.read_mask(path)
-        outside = int(np.count_nonzero(nonzero & ~mask))
-        if not outside:
-            return mask, True, ""
-        return nonzero, False, f"{outside:,} weights that its mask prunes aren't 0; it isn't kept"
-    if x.ndim < 2 or 2 * np.count_nonzero(nonzero) > x.size:
-        # a scale, a bias, or a dense weight: the zeros that it may have are values
-        return np.ones_like(nonzero), False, ""
-    return nonzero, False, ""
+    outside = int(np.count_nonzero(nonzero & ~kept))
+    if not outside:
+        return kept, True, ""
+    return nonzero, False, f"{outside:,} weights that its mask prunes aren't 0; it isn't kept"
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

@@ -7,18 +7,19 @@ where it holds exactly in every slice, and where there is something to hold.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from t5x_sparsity.artifacts.kept_bits import KeptBits
+from t5x_sparsity.artifacts.structure import Groups, StructureFinder, most_kept
+from t5x_sparsity.core.matrix_axes import MatrixAxes
 
-# N:M is looked for with M up to this.
-MAX_GROUP = 32
+if TYPE_CHECKING:
+    from t5x_sparsity.core import patterns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,12 @@ class Found:
       columns: outputs, of all slices together.
       dead_rows: inputs all of whose weights are pruned.
       dead_columns: outputs all of whose weights are pruned.
+      axes: how the weight is a stack of matrices.
       channels: dead rows and columns explain every zero.
-      n_by_m_inputs: (n, m) of the smallest m so that every aligned group of m along the inputs has
-        exactly n kept; None if there is none up to m = MAX_GROUP.
-      n_by_m_outputs: likewise along the outputs.
-      block: (height, width) of the largest aligned blocks that are kept or pruned as a whole; those
-        at the edge may be smaller.
+      groups: axis of the weight -> (n, m) of the smallest m so that every aligned group of m along
+        it has exactly n kept, and there are several groups.
+      block: lengths, along the axes of a slice, of the largest aligned blocks that are kept or
+        pruned as a whole; those at the edge may be smaller.
       fan_in: weights kept of an output that isn't dead, the least and the most of any slice; None
         where outputs of a slice differ.
       fan_out: likewise of an input.
@@ -53,10 +54,10 @@ class Found:
     columns: int
     dead_rows: int
     dead_columns: int
+    axes: MatrixAxes
     channels: bool = False
-    n_by_m_inputs: tuple[int, int] | None = None
-    n_by_m_outputs: tuple[int, int] | None = None
-    block: tuple[int, int] | None = None
+    groups: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    block: tuple[int, ...] | None = None
     fan_in: tuple[int, int] | None = None
     fan_out: tuple[int, int] | None = None
     at_most_2_4_inputs: bool = False
@@ -69,6 +70,16 @@ class Found:
         return 1 - self.kept / self.size if self.size else 0.0
 
     @property
+    def n_by_m_inputs(self) -> tuple[int, int] | None:
+        """(n, m) along the inputs, of several axes the last."""
+        return self.groups.get(self.axes.inputs[-1]) if self.axes.inputs else None
+
+    @property
+    def n_by_m_outputs(self) -> tuple[int, int] | None:
+        """(n, m) along the outputs, likewise."""
+        return self.groups.get(self.axes.outputs[-1]) if self.axes.outputs else None
+
+    @property
     def pattern(self) -> str:
         """In words: all that holds, without what follows from another that does."""
         if self.kept == self.size:
@@ -77,29 +88,28 @@ class Found:
             return "all zero"
         if self.channels:
             return "whole channels"
-        found = []
-        for n_by_m, way in ((self.n_by_m_inputs, "inputs"), (self.n_by_m_outputs, "outputs")):
-            if n_by_m:
-                found.append(f"{n_by_m[0]}:{n_by_m[1]} along {way}")
+        ways = {axes[-1]: way for axes, way in self._ways if axes}
+        found = [
+            f"{n}:{m} along {ways.get(axis, f'axis {axis}')}"
+            for axis, (n, m) in sorted(self.groups.items(), key=lambda item: item[0] not in ways)
+        ]
         if self.block:
-            found.append(f"blocks {self.block[0]}x{self.block[1]}")
+            found.append(f"blocks {'x'.join(map(str, self.block))}")
         # N:M along the inputs gives every output as many
-        if self.fan_in and not self.n_by_m_inputs:
+        if self.fan_in and not self.groups.keys() & set(self.axes.inputs):
             found.append(f"constant fan-in {_range(self.fan_in)}")
-        if self.fan_out and not self.n_by_m_outputs:
+        if self.fan_out and not self.groups.keys() & set(self.axes.outputs):
             found.append(f"constant fan-out {_range(self.fan_out)}")
         if not found:
-            ways = [
-                way
-                for way, holds in (
-                    ("inputs", self.at_most_2_4_inputs),
-                    ("outputs", self.at_most_2_4_outputs),
-                )
-                if holds
-            ]
-            at_most = f", at most 2:4 along {' and '.join(ways)}" if ways else ""
+            holds = (self.at_most_2_4_inputs, self.at_most_2_4_outputs)
+            held = [way for (_, way), at_most in zip(self._ways, holds, strict=True) if at_most]
+            at_most = f", at most 2:4 along {' and '.join(held)}" if held else ""
             return f"unstructured{at_most}"
         return "; ".join(found)
+
+    @property
+    def _ways(self) -> tuple[tuple[Sequence[int], str], ...]:
+        return (self.axes.inputs, "inputs"), (self.axes.outputs, "outputs")
 
 
 def _range(numbers: tuple[int, int]) -> str:
@@ -115,23 +125,22 @@ class PatternFinder:
     is.
     """
 
-    def __init__(self, expected: str | None = None):
+    def __init__(self, axes: MatrixAxes, expected: str | None = None):
         """Prepares for the slices of a weight.
 
         Args:
+          axes: how the weight is a stack of matrices.
           expected: repr of a pattern of t5x_sparsity, such as 'NByM(n=2, m=4, axis=-2)', to compare
             with; None for none.
         """
-        self._expected = None if expected is None else parse_pattern(expected)
+        self._axes = axes
+        self._structure = StructureFinder((*axes.inputs, *axes.outputs))
+        self._expected = None if expected is None else _read_pattern(expected)
         self._follows = True if self._expected else None
         self._slices = self._size = self._kept = self._rows = self._columns = 0
         self._dead_rows = self._dead_columns = 0
         self._channels = True
-        # by way: the groups still possible, m -> n; None before the first slice
-        self._groups: dict[str, dict[int, int] | None] = {"inputs": None, "outputs": None}
         self._at_most = {"inputs": True, "outputs": True}
-        # 0: no two neighbours have differed yet
-        self._steps = {"inputs": 0, "outputs": 0}
         self._fans: dict[str, list[int] | None] = {"inputs": [], "outputs": []}
 
     def add(self, bits: KeptBits) -> None:
@@ -156,13 +165,14 @@ class PatternFinder:
             ("outputs", rows, bits.columns, 1),
         ):
             self._add_fan(way, counts)
-            self._groups[way] = _groups(bits, length, inner, self._groups[way])
             if self._at_most[way]:
-                self._at_most[way] = length % 4 == 0 and _most(bits, 4, inner, 2) <= 2
-            if self._steps[way] != 1:
-                self._steps[way] = _step(bits, length, inner, self._steps[way])
-        if self._follows:
-            self._follows = _follows(self._expected, bits, rows, columns)
+                self._at_most[way] = length % 4 == 0 and most_kept(bits, 4, inner, 3) <= 2
+        self._structure.add(bits)
+        if self._expected and self._follows:
+            try:
+                self._follows = self._expected.holds(bits.mask())
+            except (ValueError, TypeError):  # the slice can't take it
+                self._follows = None
 
     def _add_fan(self, way: str, counts: np.ndarray) -> None:
         live = counts[counts > 0]
@@ -180,24 +190,31 @@ class PatternFinder:
             "columns": self._columns,
             "dead_rows": self._dead_rows,
             "dead_columns": self._dead_columns,
+            "axes": self._axes,
             "follows": self._follows,
         }
         if self._kept in (0, self._size):
             return Found(**facts)
         rows, columns = self._rows // self._slices, self._columns // self._slices
-        height, width = self._steps["inputs"] or rows, self._steps["outputs"] or columns
-        has_blocks = height * width > 1 and min(rows, columns) > 1 and not self._channels
+        structure = self._structure.result()
+        block = tuple(structure.runs.values())
+        has_blocks = math.prod(block) > 1 and min(rows, columns) > 1 and not self._channels
         return Found(
             **facts,
             channels=self._channels,
-            n_by_m_inputs=_tightest(self._groups["inputs"]),
-            n_by_m_outputs=_tightest(self._groups["outputs"]),
-            block=(height, width) if has_blocks else None,
+            groups={g.axis: (g.n, g.m) for g in structure.groups if self._has_several(g)},
+            block=block if has_blocks else None,
             fan_in=self._fan("inputs", rows, columns),
             fan_out=self._fan("outputs", columns, rows),
             at_most_2_4_inputs=self._at_most["inputs"],
             at_most_2_4_outputs=self._at_most["outputs"],
         )
+
+    def _has_several(self, groups: Groups) -> bool:
+        """Whether there are several groups; a single one is a constant fan-in or fan-out."""
+        is_input = groups.axis in self._axes.inputs
+        length = (self._rows if is_input else self._columns) // self._slices
+        return 2 * groups.m <= length
 
     def _fan(self, way: str, most: int, neurons: int) -> tuple[int, int] | None:
         fans = self._fans[way]
@@ -215,133 +232,7 @@ def _counts(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), columns
 
 
-def _grouped(bits: KeptBits, m: int, inner: int) -> Iterator[np.ndarray]:
-    """Weights kept of groups of m, `inner` weights apart, a band of them at a time."""
-    multiple = m * inner // math.gcd(m * inner, bits.columns)
-    for band in bits.bands(multiple):
-        yield np.count_nonzero(band.reshape(-1, m, inner), axis=1)
+def _read_pattern(text: str) -> patterns.BuiltIn | None:
+    from t5x_sparsity.core import patterns  # here, as it imports JAX
 
-
-def _most(bits: KeptBits, m: int, inner: int, enough: int) -> int:
-    """The most weights kept of a group, or the first number found above `enough`."""
-    most = 0
-    for counts in _grouped(bits, m, inner):
-        most = max(most, int(counts.max(initial=0)))
-        if most > enough:
-            break
-    return most
-
-
-def _exactly(bits: KeptBits, m: int, inner: int) -> int | None:
-    """Weights kept of a group, where all groups have as many."""
-    n = None
-    for counts in _grouped(bits, m, inner):
-        first = int(counts.flat[0]) if n is None else n
-        if (counts != first).any():
-            return None
-        n = first
-    return n
-
-
-def _groups(
-    bits: KeptBits, length: int, inner: int, possible: Mapping[int, int] | None
-) -> dict[int, int]:
-    """Those of the possible m -> n that hold in a slice; None makes all of them possible."""
-    if possible is None:
-        found: dict[int, int] = {}
-        for m in range(2, min(MAX_GROUP, length // 2) + 1):
-            # what holds of short groups holds of long ones made of them
-            shorter = next((s for s in found if m % s == 0), None)
-            if shorter is not None and length % m == 0:
-                found[m] = found[shorter] * (m // shorter)
-            elif length % m == 0 and (n := _exactly(bits, m, inner)) is not None:
-                found[m] = n
-        return found
-    held: dict[int, int] = {}
-    for m, n in possible.items():
-        shorter = next((s for s in held if m % s == 0), None)
-        if shorter is not None or _exactly(bits, m, inner) == n:
-            held[m] = n
-    return held
-
-
-def _tightest(groups: Mapping[int, int] | None) -> tuple[int, int] | None:
-    return next(((n, m) for m, n in sorted((groups or {}).items()) if 0 < n < m), None)
-
-
-def _step(bits: KeptBits, length: int, inner: int, step: int = 0) -> int:
-    """The largest n so that aligned runs of n along an axis are alike; 0 where all of it is.
-
-    Args:
-      bits: a slice.
-      length: of the axis.
-      inner: weights between neighbours along the axis.
-      step: of other slices, which is to be a multiple of it.
-    """
-    overlap = -(-inner // bits.columns)
-    last = np.zeros((overlap, bits.columns), bool)
-    start = 0
-    for band in bits.bands():
-        joined = np.concatenate([last, band]).ravel()
-        rest = overlap * bits.columns
-        differs = np.flatnonzero(joined[rest:] ^ joined[rest - inner : joined.size - inner])
-        places = (differs + start) // inner % length
-        step = math.gcd(step, int(np.gcd.reduce(np.unique(places), initial=0)))
-        if step == 1:
-            break
-        start += band.size
-        last = joined.reshape(-1, bits.columns)[-overlap:]
-    return step
-
-
-def parse_pattern(text: str) -> tuple[str, dict[str, Any]] | None:
-    """The name and arguments of a pattern's repr; None where it is no such thing."""
-    try:
-        call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            return None
-        return call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def _follows(
-    pattern: tuple[str, dict[str, Any]], bits: KeptBits, rows: np.ndarray, columns: np.ndarray
-) -> bool | None:
-    """Whether a pattern holds in a slice, along the axes that it names; None: it isn't known."""
-    name, arguments = pattern
-    shape = bits.shape
-
-    def per_index(axis: int) -> np.ndarray:
-        """Weights kept at every index along an axis of the slice."""
-        axis = range(len(shape))[axis]
-        first, dims, counts = 0, bits.inputs, rows
-        if axis >= len(bits.inputs):
-            first, dims, counts = len(bits.inputs), bits.outputs, columns
-        others = tuple(a for a in range(len(dims)) if a != axis - first)
-        return counts.reshape(dims).sum(axis=others)
-
-    try:
-        if name == "Unstructured":
-            return True
-        if name == "NByM":
-            axis = range(len(shape))[arguments.get("axis", -2)]
-            n, m, inner = arguments["n"], arguments["m"], math.prod(shape[axis + 1 :])
-            return shape[axis] % m == 0 and _exactly(bits, m, inner) == n
-        if name == "ConstantFanIn":
-            counts = per_index(-1)
-            live = counts[counts > 0]
-            return bool((live == live[:1]).all())
-        if name == "Channel":
-            counts = per_index(arguments.get("axis", -1))
-            return bool(np.isin(counts, (0, bits.size // counts.size)).all())
-        if name == "Block":
-            steps = [(arguments["height"], -2), (arguments["width"], -1)]
-            for n, axis in steps:
-                inner = 1 if axis == -1 else shape[-1]
-                if _step(bits, shape[axis], inner) % (n or shape[axis]):
-                    return False
-            return True
-    except (KeyError, IndexError, TypeError, ZeroDivisionError):
-        return None
-    return None
+    return patterns.from_text(text)

@@ -60,8 +60,21 @@ class KeptBits:
         bits = np.unpackbits(packed, axis=-1, count=self.shape[-1])
         return bits.reshape(len(packed), self.columns).view(bool)
 
+    def mask(self) -> np.ndarray:
+        """The slice: bool, in its shape."""
+        return self.band(0, self.rows).reshape(self.shape)
+
     def bands(self, multiple: int = 1) -> Iterator[np.ndarray]:
         """The matrix, a multiple of so many rows at a time; what is over at the end comes last."""
         step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
         for start in range(0, self.rows, step):
             yield self.band(start, min(start + step, self.rows))
+
+
+def slices_of(kept: np.ndarray, stack_axes: Sequence[int] = ()) -> Iterator[KeptBits]:
+    """The slices of a weight, from a bool array of its shape that is True where it is kept."""
+    stacked = np.moveaxis(kept, stack_axes, range(len(stack_axes)))
+    for at in np.ndindex(*stacked.shape[: len(stack_axes)]):
+        bits = KeptBits(stacked[at].shape)
+        bits.add(stacked[at])
+        yield bits

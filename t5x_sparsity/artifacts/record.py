@@ -1,32 +1,82 @@
-"""Reads `sparsity.json`, in which a run says by which rules its masks are made."""
+"""Reads and writes `sparsity.json`, in which a run says by which rules its masks are made."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etils import epath
+
+RECORD = "sparsity.json"
 
 # What an array can have, and no number that a reader could not go on with.
 _MOST_AXES, _MOST = 64, 2**63
 
 
-def parse_record(data: bytes) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightRecord:
+    """What a run says of a weight; None for what it doesn't say, as older versions said less.
+
+    Attributes:
+      shape: of the weight.
+      sparsity: to have in the end, in [0, 1].
+      kept: weights to keep in the end.
+      pattern: its text, see `core.patterns.to_text`.
+      algorithm: name of its class.
+      start_step: from which mask updates count.
+      axes: logical names of the weight's axes.
+      stack_axes: axes along which slices are pruned apart.
+    """
+
+    shape: tuple[int, ...] | None = None
+    sparsity: float | None = None
+    kept: int | None = None
+    pattern: str | None = None
+    algorithm: str | None = None
+    start_step: int | None = None
+    axes: tuple[str | None, ...] | None = None
+    stack_axes: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> WeightRecord:
+        """The record of an entry of the file; further keys are left out."""
+        own = {f.name: entry[f.name] for f in dataclasses.fields(cls) if f.name in entry}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of the file, where axes that are not known are null."""
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        said = {k: v for k, v in said.items() if v is not None or k == "axes"}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
+
+
+def write_record(path: epath.Path, record: Mapping[str, WeightRecord]) -> None:
+    """Writes the record by path of the weight; all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f"{path.name}.tmp"
+    draft.write_text(json.dumps({p: entry.to_dict() for p, entry in record.items()}, indent=1))
+    draft.replace(path)
+
+
+def read_record(path: epath.Path) -> dict[str, WeightRecord]:
     """The record by path of the weight; what an entry has is of its type and range.
 
     Everything in an entry is optional, as older versions wrote less, but axes need a shape.
 
-    Args:
-      data: the file.
-
     Raises:
       ValueError: it is no record of a run; says why in a line.
+      OSError: it can't be read.
     """
     try:
-        record = json.loads(data)
+        record = json.loads(path.read_bytes())
         _check(record)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
-    return record
+    return {p: WeightRecord.from_dict(entry) for p, entry in record.items()}
 
 
 def _check(record: Any) -> None:

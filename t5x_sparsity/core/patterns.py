@@ -6,6 +6,7 @@ level keeps. Which ones depends on scores, for all weights of a model at once: s
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from typing import Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_sparsity.core import exact_sums, topk
 from t5x_sparsity.core.checks import check_integer
+from t5x_sparsity.core.groups import group_counts
 
 
 class Pattern(Protocol):
@@ -119,6 +122,26 @@ class _Searched:
         return ()
 
 
+class _Boxes(_Searched):
+    """What patterns share whose units are boxes of weights, kept or pruned together."""
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Lengths of a unit along the axes of a slice; at its edge, units may be shorter."""
+        raise NotImplementedError
+
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Whether a bool mask of the whole weight keeps and prunes whole units only."""
+        free = free_axes(mask.ndim, stack_axes)
+        # boxes are constant if they are constant along each axis
+        for axis, length in zip(free, self.unit_shape([mask.shape[a] for a in free]), strict=True):
+            along = np.moveaxis(mask, axis, 0)
+            starts = range(0, len(along), length) if length > 1 else ()
+            units = (along[start : start + length] for start in starts)
+            if not all((unit == unit[:1]).all() for unit in units):
+                return False
+        return True
+
+
 class _Weights(_Searched):
     """What patterns share whose units are single weights."""
 
@@ -148,12 +171,16 @@ class Unstructured(_Weights):
     8
     """
 
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Always: any mask is unstructured."""
+        return True
+
 
 _WHOLE_AXIS = ", with 0 for the whole axis"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Block(_Searched):
+class Block(_Boxes):
     """Blocks of `height` x `width` over a slice's last two axes are kept or pruned together.
 
     A block's score is its weights' mean or largest |score|; a block at the edge of a weight that
@@ -197,6 +224,10 @@ class Block(_Searched):
 
     def _block(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.height or shape[-2], self.width or shape[-1]
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        _check_axis("Block", -2, shape)
+        return (*[1] * (len(shape) - 2), *self._block(shape))
 
     def _split(
         self, x: jax.Array, stack_axes: Sequence[int], fill: float
@@ -245,7 +276,7 @@ class Block(_Searched):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Channel(_Searched):
+class Channel(_Boxes):
     """Whole channels along `axis` of a slice are kept or pruned together.
 
     A channel's score is the sum of |score| over its weights (Li et al. 2017, arXiv:1608.08710,
@@ -270,6 +301,11 @@ class Channel(_Searched):
         """The axes within a channel."""
         free = free_axes(ndim, stack_axes)
         return tuple(a for a in free if a != free[self.axis])
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        _check_axis("Channel", self.axis, shape)
+        within = self._within(len(shape), ())
+        return tuple(n if a in within else 1 for a, n in enumerate(shape))
 
     def pool(self, scores: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
         return exact_sums.ordered_sum(scores, self._within(scores.ndim, stack_axes))
@@ -311,6 +347,12 @@ class ConstantFanIn(_Weights):
 
     def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
         return (free_axes(ndim, stack_axes)[-1],)
+
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Whether all neurons of a slice with any weight keep the same number."""
+        *inputs, neurons = free_axes(mask.ndim, stack_axes)
+        counts = np.count_nonzero(mask, axis=tuple(inputs), keepdims=True)
+        return bool(((counts == 0) | (counts == counts.max(axis=neurons, keepdims=True))).all())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -358,8 +400,16 @@ class NByM(_Weights):
         return 1 - self.n / self.m
 
     def kept(self, shape: Sequence[int], sparsity: float) -> int:
-        del sparsity
         return math.prod(shape) // self.m * self.n
+
+    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+        """Whether every group keeps exactly n."""
+        free = free_axes(mask.ndim, stack_axes)
+        _check_axis("NByM", self.axis, [mask.shape[a] for a in free])
+        axis = free[self.axis]
+        if mask.shape[axis] % self.m:
+            return False
+        return bool((group_counts(mask, axis, self.m) == self.n).all())
 
     def choose(
         self,
@@ -397,3 +447,32 @@ class NByM(_Weights):
             rank += (before | (tied & (j < place))).astype(jnp.int32)
         chosen = (rank < n) & (tier > 0)
         return chosen.reshape(scores.shape)
+
+
+BuiltIn = Unstructured | Block | Channel | ConstantFanIn | NByM
+
+
+def to_text(pattern: Pattern) -> str:
+    """A pattern as files name it: its repr, in one line.
+
+    >>> to_text(NByM(n=2, m=4))
+    'NByM(n=2, m=4, axis=-2)'
+    """
+    return " ".join(repr(pattern).split())
+
+
+def from_text(text: str) -> BuiltIn | None:
+    """The pattern that `to_text` wrote; None for any other text, such as a user's own pattern.
+
+    >>> from_text("Channel(axis=-2)")
+    Channel(axis=-2)
+    """
+    known = {cls.__name__: cls for cls in (Unstructured, Block, Channel, ConstantFanIn, NByM)}
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            return None
+        fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return known[call.func.id](**fields)
+    except (KeyError, SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None

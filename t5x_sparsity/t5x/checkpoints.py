@@ -6,7 +6,6 @@ beside the checkpoints of a run says by which rules its masks were made.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,12 +18,14 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from t5x_sparsity import host
+from t5x_sparsity.artifacts import record
+from t5x_sparsity.artifacts.record import RECORD, WeightRecord
 from t5x_sparsity.core.contract import Plan
+from t5x_sparsity.core.patterns import to_text
 from t5x_sparsity.core.plan import update_schedules
 from t5x_sparsity.core.train_step import EXPLORED
 
 SPARSITY = "state/sparsity/"
-RECORD = "sparsity.json"
 
 
 def check_sources(
@@ -74,11 +75,7 @@ def check_sources(
 
 def write_record(model_dir: str, plan: Plan) -> None:
     """Writes by which rules the masks of a run are made to `sparsity.json`; all of it or none."""
-    path = epath.Path(model_dir) / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f"{RECORD}.tmp"
-    draft.write_text(json.dumps(_record(plan), indent=1))
-    draft.replace(path)
+    record.write_record(epath.Path(model_dir) / RECORD, _record(plan))
 
 
 def from_dense(
@@ -219,18 +216,18 @@ def _sparsity_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in leaves.items() if k.startswith(SPARSITY)}
 
 
-def _record(plan: Plan) -> dict[str, dict[str, Any]]:
+def _record(plan: Plan) -> dict[str, WeightRecord]:
     return {
-        path: {
-            "shape": list(layer.shape),
-            "sparsity": layer.level,
-            "kept": layer.kept,
-            "pattern": repr(layer.pattern),
-            "algorithm": type(layer.algorithm).__name__,
-            "start_step": _start_step(layer.algorithm.updates),
-            "axes": None if layer.axes is None else list(layer.axes),
-            "stack_axes": list(layer.stack_axes),
-        }
+        path: WeightRecord(
+            shape=tuple(layer.shape),
+            sparsity=layer.level,
+            kept=layer.kept,
+            pattern=to_text(layer.pattern),
+            algorithm=type(layer.algorithm).__name__,
+            start_step=_start_step(layer.algorithm.updates),
+            axes=None if layer.axes is None else tuple(layer.axes),
+            stack_axes=tuple(layer.stack_axes),
+        )
         for path, layer in plan.items()
     }
 
@@ -239,28 +236,28 @@ def _start_step(updates: Any) -> int:
     return getattr(updates, "start_step", 0)
 
 
-def _read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
+def _read_record(path: epath.Path) -> dict[str, WeightRecord]:
     """The record at `path`; empty if there is none."""
     if not path.exists():
         return {}
     try:
-        record = json.loads(path.read_text())
-        return {p: dict(values) for p, values in record.items()}
-    except (ValueError, TypeError, AttributeError) as e:
+        return record.read_record(path)
+    except ValueError as e:
         raise ValueError(
             f"{path} is no record of a run's rules of sparsity ({type(e).__name__}: {e}); move it "
             "away to go on without it: then nothing checks that the run keeps its rules"
         ) from e
 
 
-def _changes(before: Mapping[str, Any], plan: Plan, keys: tuple[str, ...]) -> list[str]:
-    now = _record(plan)
-    return [
-        f"{key} of {p} was {before[p][key]} and is {now[p][key]}"
-        for p in now
-        for key in keys
-        if key in before.get(p, {}) and before[p][key] != now[p][key]
-    ]
+def _changes(before: Mapping[str, WeightRecord], plan: Plan, keys: tuple[str, ...]) -> list[str]:
+    found = []
+    for path, now in _record(plan).items():
+        entry = before.get(path, WeightRecord())
+        for key in keys:
+            then, value = getattr(entry, key), getattr(now, key)
+            if then not in (None, value):
+                found.append(f"{key} of {path} was {then} and is {value}")
+    return found
 
 
 def _check_masks_will_fit(path: epath.Path, plan: Plan) -> None:

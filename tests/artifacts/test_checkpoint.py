@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from t5x_sparsity.artifacts import checkpoint_arrays
 from t5x_sparsity.artifacts.checkpoint import CheckpointError, open_checkpoint
 from t5x_sparsity.artifacts.checkpoint_arrays import make_array
+from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.core import packing
 
 RNG = np.random.default_rng(0)
@@ -368,7 +369,10 @@ def test_the_record_is_that_of_its_weights(copy):
     found = open_checkpoint(str(copy))
     assert found.stack_axes("mlp/wi") == (1,) and found.knows_stack_axes("mlp/wi")
     assert found.axes("mlp/wi") == ("embed", "layers", "mlp")
-    assert found.record_of("attention/query") == {} and found.axes("attention/query") is None
+    assert (
+        found.record_of("attention/query") == WeightRecord()
+        and found.axes("attention/query") is None
+    )
     assert found.stack_axes("norm/scale") == () and not found.knows_stack_axes("norm/scale")
     # as before there were axes in it
     files.write_record(copy.parent, mlp__wi={"shape": [16, 2, 8], "kept": 3})
@@ -436,7 +440,7 @@ def test_what_a_record_may_have(copy_once):
     }  # fmt: skip
     for record in (entry, entry | {"axes": None, "stack_axes": [2, 0]}, {}):
         files.write_record(copy_once.parent, mlp__wi=record)
-        assert open_checkpoint(str(copy_once)).record == {"mlp/wi": record}
+        assert open_checkpoint(str(copy_once)).record == {"mlp/wi": WeightRecord.from_dict(record)}
 
 
 def test_a_link_has_what_is_beside_it_or_beside_what_it_links_to(copy, tmp_path):

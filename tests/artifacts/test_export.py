@@ -19,8 +19,10 @@ import pytest
 from jax.experimental import sparse
 from safetensors.numpy import load_file, save_file
 
+from t5x_sparsity.artifacts.checkpoint import Checkpoint
 from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense
 from t5x_sparsity.artifacts.export import ExportError, export, load_export
+from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 from t5x_sparsity.embedded import decoder_only
 
@@ -31,17 +33,25 @@ class Memory:
     """What `export` asks of a Checkpoint, in memory."""
 
     def __init__(self, weights, kept, record, step):
-        self.weights = {p: types.SimpleNamespace(read=lambda x=x: x) for p, x in weights.items()}
+        self.weights = {
+            p: types.SimpleNamespace(read=lambda x=x: x, shape=x.shape) for p, x in weights.items()
+        }
         self.masks, self.record, self.step = kept, record, step
 
     def record_of(self, path):
-        return self.record.get(path, {})
+        return WeightRecord.from_dict(self.record.get(path, {}))
 
-    def read_mask(self, path):
+    def read_mask(self, path, index=()):
         return self.masks[path]
 
+    def axes(self, path):
+        return None
+
+    kept, zeros_are_pruned = Checkpoint.kept, Checkpoint.zeros_are_pruned
+    matrix_axes = Checkpoint.matrix_axes
+
     def stack_axes(self, path):
-        return tuple(self.record_of(path).get("stack_axes", ()))
+        return self.record_of(path).stack_axes or ()
 
 
 def checkpoint(weights, kept=None, record=None, step=7):
@@ -280,7 +290,8 @@ def test_without_masks_zeros_are_found(tmp_path, model):
     done = export(checkpoint(weights), path, format="compressed")
     kinds = {w.path.split("/")[1]: w.encoding for w in done.weights}
     assert kinds["nm"] == NM(n=2, m=4, axis=0) and kinds["channels"] == Blocks(block=(24, 1))
-    assert kinds["most"] == kinds["norm"] == Dense()  # less than half of it is 0; no matrix
+    assert kinds["most"] == CSR()  # as inspect: any zero of a matrix counts
+    assert kinds["nearly"] == kinds["norm"] == Dense()  # nothing is smaller; no matrix
     assert not any(w.has_mask for w in done.weights)
     # the -0.0 of a weight just grown can't be told from a pruned one's
     assert {w.path: w.note for w in done.weights if w.note} == {

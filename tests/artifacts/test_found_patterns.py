@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from meshes import quick_jit
 
 import t5x_sparsity as ts
-from t5x_sparsity.artifacts import found_patterns, kept_bits
-from t5x_sparsity.artifacts.found_patterns import PatternFinder, parse_pattern
+from t5x_sparsity.artifacts import kept_bits, structure
+from t5x_sparsity.artifacts.found_patterns import PatternFinder
 from t5x_sparsity.artifacts.kept_bits import KeptBits
-from t5x_sparsity.core.matrix_axes import matrix_axes
+from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 from t5x_sparsity.core.selection import Choice, select_masks
 
 
@@ -25,7 +25,9 @@ def small_bands(monkeypatch):
 
 
 def find(*slices, output_axes=1, expected=None):
-    finder = PatternFinder(expected)
+    axes = range(slices[0].ndim)
+    matrix = MatrixAxes(stack=(), inputs=axes[:-output_axes], outputs=axes[-output_axes:])
+    finder = PatternFinder(matrix, expected)
     for mask in slices:
         bits = KeptBits(mask.shape, output_axes)
         bits.add(np.asarray(mask, bool))
@@ -135,7 +137,7 @@ def oracle(slices):
 
     def n_by_m(axis):
         length = slices[0].shape[axis]
-        for m in range(2, min(found_patterns.MAX_GROUP, length // 2) + 1):
+        for m in range(2, min(structure.MAX_GROUP, length // 2) + 1):
             if length % m:
                 continue
             counts = set()
@@ -303,20 +305,14 @@ def test_a_mask_follows_the_pattern_that_made_it(pattern, output_axes):
 
 
 @pytest.mark.parametrize(
-    "text", ["Mine(a=1)", "NByM(n=2)", "Channel(axis=7)", "Block(height='x', width=1)"]
+    "text",
+    [
+        *("Mine(a=1)", "NByM(n=2)", "Channel(axis=7)", "Channel(axis='x')", "NByM(n=1, m=2.0)"),
+        *("Block(height='x', width=1)", "", "a.B()", "(", "f(1)", "x", "f(a=g())"),
+    ],
 )
 def test_a_pattern_that_is_not_known_is_not_compared_with(text):
     assert find(matrix("#. ##"), expected=text).follows is None
-
-
-@pytest.mark.parametrize("text", ["", "a.B()", "(", "f(1)", "x", "f(a=g())"])
-def test_what_is_no_pattern(text):
-    assert parse_pattern(text) is None
-    assert find(matrix("#. ##"), expected=text).follows is None
-
-
-def test_a_pattern_is_parsed():
-    assert parse_pattern(repr(ts.NByM(n=2, m=4))) == ("NByM", {"n": 2, "m": 4, "axis": -2})
 
 
 def test_matrices_without_weights_have_no_pattern():

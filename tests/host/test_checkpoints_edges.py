@@ -87,7 +87,7 @@ def test_a_step_that_is_not_the_checkpoints_is_refused(tmp_path, dense):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [('{"mlp_wi": ', "JSONDecodeError"), ("[1]", "AttributeError")],
+    [('{"mlp_wi": ', "JSONDecodeError"), ("[1]", r"ValueError: it is [1], not an object")],
 )
 def test_a_record_that_is_none_is_named(tmp_path, static, text, says):
     folder = copy(static, tmp_path / "run")

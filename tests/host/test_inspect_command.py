@@ -17,6 +17,7 @@ import t5x_sparsity as ts
 from t5x_sparsity import cli
 from t5x_sparsity.artifacts import checkpoint_arrays
 from t5x_sparsity.artifacts.checkpoint import SavedArray, open_checkpoint
+from t5x_sparsity.commands.inspect import weights as inspected
 from t5x_sparsity.core import packing
 
 RNG = np.random.default_rng(0)
@@ -371,8 +372,8 @@ def test_no_more_than_a_part_is_read_at_once(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SavedArray, "_read", spy(SavedArray._read))
     monkeypatch.setattr(checkpoint_arrays, "PART_BYTES", 500)
-    monkeypatch.setattr(weights, "COMPARED_BYTES", 300)
-    monkeypatch.setattr(weights, "BITS_BYTES", 16 * 64 * 2 // 8)  # two slices of three
+    monkeypatch.setattr(inspected, "COMPARED_BYTES", 300)
+    monkeypatch.setattr(inspected, "BITS_BYTES", 16 * 64 * 2 // 8)  # two slices of three
     assert (as_json(capsys, *alone), as_json(capsys, *both)) == expected
     assert 300 < max(sizes) <= 500
 

@@ -118,7 +118,7 @@ def _as_text(exported: Exported, checkpoint: Checkpoint) -> str:
         notes.append(f"Passed over, not complete: {', '.join(checkpoint.passed_over)}.")
     if not checkpoint.masks:
         notes.append(
-            "The checkpoint has no masks: a matrix of which at least half is 0 counts as sparse."
+            "The checkpoint has no masks: what counts as kept is what isn't 0, in matrices only."
         )
     if notes:
         parts.append("\n".join(notes))

@@ -7,6 +7,7 @@ import json
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from t5x_sparsity.artifacts.gin_values import macros_in
 from t5x_sparsity.artifacts.macros import shown_macros
+from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.inspect.options import InspectOptions
 from t5x_sparsity.commands.inspect.report import ComparisonReport, MadeBy, Report
@@ -107,8 +108,8 @@ def _made_by(checkpoint: Checkpoint) -> MadeBy:
     )
 
 
-def _distinct(entries: list, key: str) -> list:
-    return sorted({e[key] for e in entries if key in e})
+def _distinct(entries: list[WeightRecord], key: str) -> list:
+    return sorted({getattr(e, key) for e in entries} - {None})
 
 
 def _macros(path: str | None) -> dict[str, str]:
@@ -129,7 +130,9 @@ def _notes(checkpoint: Checkpoint, weights: list[Weight]) -> list[str]:
             "stacked axes are not known."
         )
     strange = [
-        p for p in checkpoint.record if p not in checkpoint.masks or not checkpoint.record_of(p)
+        p
+        for p in checkpoint.record
+        if p not in checkpoint.masks or checkpoint.record_of(p) == WeightRecord()
     ]
     if strange:
         notes.append(

@@ -13,7 +13,7 @@ from t5x_sparsity.artifacts.checkpoint import Checkpoint
 from t5x_sparsity.artifacts.checkpoint_arrays import Index
 from t5x_sparsity.artifacts.found_patterns import Found, PatternFinder
 from t5x_sparsity.artifacts.kept_bits import KeptBits
-from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
+from t5x_sparsity.core.matrix_axes import MatrixAxes
 
 # The most bytes of bits, one a weight, that are held of a weight; a single slice is the least.
 BITS_BYTES = 64 * 2**20
@@ -83,21 +83,6 @@ class Weight:
         return "unstructured"
 
 
-def counts_zeros(checkpoint: Checkpoint, path: str) -> bool:
-    """Whether a weight's own zeros stand for a mask: it is a matrix, and nothing has a mask."""
-    return not checkpoint.masks and _is_matrix(axes_of(checkpoint, path))
-
-
-def axes_of(checkpoint: Checkpoint, path: str) -> MatrixAxes:
-    """The axes of a weight, by the record where it knows them."""
-    ndim = len(checkpoint.weights[path].shape)
-    return matrix_axes(ndim, checkpoint.stack_axes(path), checkpoint.axes(path))
-
-
-def _is_matrix(axes: MatrixAxes) -> bool:
-    return bool(axes.inputs and axes.outputs)
-
-
 def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n: None) -> Weight:
     """Looks at a weight; a dense one isn't read.
 
@@ -109,7 +94,7 @@ def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n
     Raises:
       CheckpointError: the weight or its mask is damaged.
     """
-    weight, axes = checkpoint.weights[path], axes_of(checkpoint, path)
+    weight, axes = checkpoint.weights[path], checkpoint.matrix_axes(path)
     record = checkpoint.record_of(path)
     has_mask = path in checkpoint.masks
     facts = {
@@ -118,14 +103,14 @@ def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n
         "dtype": weight.dtype.name,
         "axes": axes,
         "has_mask": has_mask,
-        "target": record.get("sparsity"),
-        "pattern": record.get("pattern", ""),
-        "algorithm": record.get("algorithm", ""),
+        "target": record.sparsity,
+        "pattern": record.pattern or "",
+        "algorithm": record.algorithm or "",
     }
-    if not has_mask and not counts_zeros(checkpoint, path) or not weight.shape:
+    if not has_mask and not checkpoint.zeros_are_pruned(path) or not weight.shape:
         progress(weight.nbytes)
         return Weight(**facts, kept=weight.size)
-    finder = PatternFinder(facts["pattern"] if has_mask and facts["pattern"] else None)
+    finder = PatternFinder(axes, facts["pattern"] if has_mask and facts["pattern"] else None)
     nonzero = kept_count = kept_zeros = pruned_nonzeros = 0
     slice_shape = [weight.shape[a] for a in (*axes.inputs, *axes.outputs)]
     at_once = max(1, 8 * BITS_BYTES // max(1, math.prod(slice_shape)))
@@ -133,7 +118,7 @@ def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n
         slices: dict[tuple[int, ...], KeptBits] = {}
         for index, x in weight.parts(group):
             is_set = x != 0
-            kept = checkpoint.read_mask(path, index) if has_mask else is_set
+            kept = checkpoint.kept(path, x, index)
             nonzero += np.count_nonzero(is_set)
             kept_count += np.count_nonzero(kept)
             kept_zeros += np.count_nonzero(kept & ~is_set)
@@ -148,7 +133,7 @@ def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n
         nonzero=int(nonzero),
         kept_zeros=int(kept_zeros),
         pruned_nonzeros=int(pruned_nonzeros),
-        found=finder.result() if _is_matrix(axes) else None,
+        found=finder.result() if axes.inputs and axes.outputs else None,
     )
 
 
@@ -250,7 +235,7 @@ def compare_weight(
     moved = norm = 0.0
     for index, x in weight.parts(max_bytes=COMPARED_BYTES):
         y = other.read(index)
-        kept, other_kept = _kept(a, path, index, x), _kept(b, path, index, y)
+        kept, other_kept = a.kept(path, x, index), b.kept(path, y, index)
         kept_count += np.count_nonzero(kept)
         other_count += np.count_nonzero(other_kept)
         both += np.count_nonzero(kept & other_kept)
@@ -269,12 +254,6 @@ def compare_weight(
         moved=moved,
         norm=norm,
     )
-
-
-def _kept(checkpoint: Checkpoint, path: str, index: Index, x: np.ndarray) -> np.ndarray:
-    if path in checkpoint.masks:
-        return checkpoint.read_mask(path, index)
-    return x != 0 if counts_zeros(checkpoint, path) else np.ones(x.shape, bool)
 
 
 def total(rows: Sequence[Comparison]) -> Comparison:
