@@ -109,10 +109,10 @@ def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:
     >>> params = {"wi": jnp.ones((8, 16)), "wo": jnp.ones((16, 8)), "scale": jnp.ones(8)}
     >>> rows = ts.sparsity_summary(params, tx.init(params))
     >>> print(ts.summary_table(rows))
-    weight    shape    weights    kept    target      actual
+    weight      shape    weights    kept    target    actual
     --------  -------  ---------  ------  --------  --------
-    wi        8x16           128      32            75.0000%
-    wo        16x8           128      32            75.0000%
+    wi           8x16        128      32            75.0000%
+    wo           16x8        128      32            75.0000%
     total                    256      64            75.0000%
 
     Args:
