@@ -299,7 +299,7 @@ _ENCODINGS = {e.name: e for e in (Dense, CSR, Bitmask, NM, Blocks)}
 
 
 def from_dict(name: str, fields: Mapping[str, Any]) -> Encoding:
-    """An encoding from what was written of it; further fields are passed over.
+    """An encoding from what was written of it; further fields are ignored.
 
     Raises:
       ValueError: there is no such encoding, or a field is missing or out of range.

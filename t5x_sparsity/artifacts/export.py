@@ -19,7 +19,7 @@ import numpy as np
 
 from t5x_sparsity import __version__
 from t5x_sparsity.artifacts import compression, encodings
-from t5x_sparsity.artifacts.checkpoint import Checkpoint
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, SavedWeight
 from t5x_sparsity.artifacts.compression import VALUES
 from t5x_sparsity.artifacts.encodings import Dense, Encoding
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
@@ -58,7 +58,7 @@ class ExportedWeight:
       stack_axes: the axes along which slices were pruned apart.
       dense_bytes: of all values in this dtype.
       exported_bytes: of its tensors in the file.
-      bound_bytes: what an exact code of this pattern can't go below, see `compressed.bound_bytes`.
+      bound_bytes: what an exact code of this pattern can't go below, see `compression.bound_bytes`.
       note: what a reader should know, '' for nothing.
     """
 
@@ -158,8 +158,9 @@ def export(
     with Writer(out, overwrite=overwrite) as writer:
         for path in paths:
             on_weight(path)
-            x = _converted(checkpoint.weights[path].read(), dtype, path)
-            weight, arrays = _exported(checkpoint, path, x, format, smallest)
+            saved = checkpoint.weights[path]
+            x = _converted(saved.array.read(), dtype, path)
+            weight, arrays = _exported(saved, x, format, smallest)
             for name, array in arrays.items():
                 own = path if isinstance(weight.encoding, Dense) else f"{path}.{name}"
                 writer.add(own, array)
@@ -212,11 +213,10 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
 
 
 def _exported(
-    checkpoint: Checkpoint, path: str, x: np.ndarray, format: str, smallest: bool
+    saved: SavedWeight, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
-    recorded = checkpoint.record_of(path)
-    pattern, stack_axes = recorded.pattern or "", checkpoint.stack_axes(path)
-    kept, has_mask, note = _kept(checkpoint, path, x)
+    pattern, stack_axes = saved.record.pattern or "", saved.record.stack_axes or ()
+    kept, has_mask, note = _kept(saved, x)
     encoding: Encoding = Dense()
     if format == "compressed":
         encoding = compression.choose(
@@ -237,14 +237,14 @@ def _exported(
         note = f"{note}; {lost}" if note else lost
     arrays = compression.encode(x, kept, encoding)
     weight = ExportedWeight(
-        path=path,
+        path=saved.path,
         shape=x.shape,
         dtype=x.dtype.name,
         kept=count,
         encoding=encoding,
         has_mask=has_mask and (not is_dense or count == x.size),
         pattern=pattern,
-        algorithm=recorded.algorithm or "",
+        algorithm=saved.record.algorithm or "",
         stack_axes=stack_axes,
         dense_bytes=x.nbytes,
         exported_bytes=sum(a.nbytes for a in arrays.values()),
@@ -254,10 +254,10 @@ def _exported(
     return weight, arrays
 
 
-def _kept(checkpoint: Checkpoint, path: str, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
+def _kept(saved: SavedWeight, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
     """(bool array of what is stored, whether it is the mask, a note)."""
-    kept = checkpoint.kept(path, x)
-    if path not in checkpoint.masks:
+    kept = saved.kept(x)
+    if saved.mask is None:
         return kept, False, ""
     # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
     nonzero = x != 0

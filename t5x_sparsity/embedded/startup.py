@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import logging
 
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.embedded import checkpoints, utils
 
 
@@ -82,7 +83,7 @@ class Source:
     """
 
     path: str
-    plan: dict[str, checkpoints.SavedLeaf]
+    plan: dict[str, SavedArray]
     batches: int
     dtype: str | None
     fallback_to_scratch: bool

@@ -177,11 +177,11 @@ def test_half_written_checkpoints(capsys, tmp_path, rigl, what):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_half_written_last_checkpoint_is_passed_over_and_named(capsys, tmp_path, rigl):
+def test_a_half_written_last_checkpoint_is_skipped_and_named(capsys, tmp_path, rigl):
     newer = half_written(rigl[0], tmp_path, "temporary")
     code, text, _ = export(capsys, newer.parent, tmp_path / "x.safetensors")
     assert code == 0 and "dense, step 2 of " in text
-    assert f"Passed over, not complete: {newer.name}." in text
+    assert f"Skipped, not complete: {newer.name}." in text
 
 
 @pytest.mark.parametrize(

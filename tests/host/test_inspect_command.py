@@ -165,11 +165,12 @@ def test_sparse_is_compared_with_dense(capsys, sparse, dense):
 def test_what_several_devices_saved_is_read_alike(capsys, tmp_path):
     leaves = inprocess_runs.run(tmp_path / "run", tiny_t5.rigl(0.5), 0, mesh=(2, 2))
     found = open_checkpoint(str(tmp_path / "run"))
-    wi = found.weights["mlp_wi"]
+    wi = found.weights["mlp_wi"].array
     assert wi.chunk_shape != wi.shape
     for path, mask in masks_of(leaves).items():
-        np.testing.assert_array_equal(found.read_mask(path), mask)
-        np.testing.assert_array_equal(found.weights[path].read(), leaves[f"target/{path}"])
+        weight = found.weights[path]
+        np.testing.assert_array_equal(weight.read_mask(), mask)
+        np.testing.assert_array_equal(weight.array.read(), leaves[f"target/{path}"])
     rows = {r["path"]: r for r in as_json(capsys, tmp_path / "run")["weights"]}
     assert rows["mlp_wi"]["kept"] == masks_of(leaves)["mlp_wi"].sum()
 
@@ -270,7 +271,7 @@ def test_what_is_odd_is_said(capsys, tmp_path):
     assert f"Not (yet) as sparsity.json says, {pattern}: mlp/wi." in text
     assert f"unstructured (not {pattern})" in text
     assert "sparsity.json beside the checkpoint is not of its masks: other there" in text
-    assert "7 is the last complete one; passed over as half-written: checkpoint_9." in text
+    assert "7 is the last complete one; skipped as half-written: checkpoint_9." in text
     notes = as_json(capsys, tmp_path)["notes"]
     assert len(notes) == 5 and all(note in text for note in notes)
     (tmp_path / "sparsity.json").unlink()
