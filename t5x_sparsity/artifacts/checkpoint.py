@@ -5,33 +5,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
-from t5x_sparsity.artifacts.checkpoint_arrays import (
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, saved_arrays, whole_index
+from t5x_sparsity.artifacts.checkpoint_folders import (
     CheckpointError,
-    SavedArray,
     damaged,
-    is_tensorflow,
+    find_checkpoint,
     layout_of,
-    saved_arrays,
     short,
-    whole_index,
+    step_of,
 )
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord, read_record
 from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 
-_NAME = re.compile(r"checkpoint_(\d+)")
-# what Orbax and T5X call a save that is under way, or was killed
-_TEMPORARY = re.compile(r"checkpoint_(\d+)\.(orbax-checkpoint-tmp|tmp-|tmp$)")
 _MASKS, _WEIGHTS, _SPARSITY = "state/sparsity/masks/", "target/", "state/sparsity/"
 
 
@@ -176,60 +170,32 @@ def open_checkpoint(path: str) -> Checkpoint:
       CheckpointError: there is no such checkpoint, or it is damaged, incomplete, or of another
         kind.
     """
-    path = absolute(path)
     try:
-        path.encode()
-    except UnicodeEncodeError as e:
-        raise CheckpointError(
-            f"{path!a} can't be read: it is not UTF-8, as tensorstore needs paths to be; rename it"
-        ) from e
-    try:
-        return _open(epath.Path(path))
+        folder, skipped = find_checkpoint(path)
+        arrays = saved_arrays(folder)
+        _check_names(folder, arrays)
+        config = _next_to(folder, "config.gin")
+        return Checkpoint(
+            path=str(folder),
+            step=_step(folder, arrays),
+            layout=layout_of(folder) or "",
+            arrays=arrays,
+            record=_record(_next_to(folder, RECORD)),
+            config_gin=None if config is None else str(config),
+            skipped=skipped,
+        )
     except OSError as e:
         raise CheckpointError(f"{path} can't be read ({type(e).__name__}: {short(e)})") from e
 
 
-def _open(folder: epath.Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise CheckpointError(_no_folder(folder))
-    if _TEMPORARY.match(folder.name):
-        raise CheckpointError(
-            f"{folder} is half-written: its name is that of a save that was under way or was "
-            "killed; give a folder checkpoint_<step>"
-        )
-    skipped: tuple[str, ...] = ()
-    if layout_of(folder) is None and not _NAME.fullmatch(folder.name):
-        folder, skipped = _last_checkpoint(folder)
-    layout = layout_of(folder)
-    if layout is None and is_tensorflow(folder):
-        raise CheckpointError(_tensorflow(folder))
-    arrays = saved_arrays(folder)
+def _check_names(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> None:
     if not any(name.startswith(_WEIGHTS) for name in arrays):
         raise CheckpointError(
             f"{folder} is no checkpoint of a training run: it holds no weights ('target/...')"
         )
-    alone = [
-        name
-        for name in arrays
-        if name.startswith(_MASKS) and _WEIGHTS + name.removeprefix(_MASKS) not in arrays
-    ]
-    if alone:
-        raise damaged(folder, f"it holds {alone[0]}, but no weight of that name")
-    record, config = _next_to(folder, RECORD), _next_to(folder, "config.gin")
-    return Checkpoint(
-        path=str(folder),
-        step=_step(folder, arrays),
-        layout=layout,
-        arrays=arrays,
-        record={} if record is None else _record(record),
-        config_gin=None if config is None else str(config),
-        skipped=skipped,
-    )
-
-
-def absolute(path: str) -> str:
-    """A local path as an absolute one, without '~'; a URL as it is."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    for name in arrays:
+        if name.startswith(_MASKS) and _WEIGHTS + name.removeprefix(_MASKS) not in arrays:
+            raise damaged(folder, f"it holds {name}, but no weight of that name")
 
 
 def _next_to(folder: epath.Path, name: str) -> epath.Path | None:
@@ -239,68 +205,25 @@ def _next_to(folder: epath.Path, name: str) -> epath.Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _no_folder(path: epath.Path) -> str:
-    if epath.Path(f"{path}.index").exists():
-        return _tensorflow(path)
-    if not path.exists():
-        return f"{path} doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR"
-    return f"{path} is a file; give a folder checkpoint_<step>, or the MODEL_DIR above it"
-
-
-def _tensorflow(path: epath.Path) -> str:
-    return (
-        f"{path} is a TensorFlow checkpoint, which is not read here; convert it by T5X's "
-        "convert_tf_checkpoint first"
-    )
-
-
-def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]]:
-    """The last complete checkpoint, and the names of incomplete ones after it."""
-    names = [p.name for p in model_dir.iterdir()]
-    # other names, such as checkpoint_200_good, are no run's
-    steps = {n: int(m[1]) for n in names if (m := _NAME.fullmatch(n) or _TEMPORARY.match(n))}
-    complete = [n for n in steps if _NAME.fullmatch(n) and layout_of(model_dir / n)]
-    if complete:
-        last = max(complete, key=steps.__getitem__)
-        newer = tuple(sorted(n for n in steps if steps[n] >= steps[last] and n != last))
-        return model_dir / last, newer
-    if steps:
-        shown = min(steps, key=lambda n: (-steps[n], n))
-        raise CheckpointError(
-            f"{model_dir} holds no complete checkpoint: {shown} is half-written, of a save that "
-            "was under way or was killed"
-        )
-    if is_tensorflow(model_dir):
-        raise CheckpointError(_tensorflow(model_dir))
-    hint, run = "give one of these", model_dir.resolve().parent
-    with contextlib.suppress(OSError):
-        if any(_NAME.fullmatch(p.name) for p in run.iterdir()):
-            hint = f"{run} has some"
-    raise CheckpointError(
-        f"{model_dir} holds no checkpoint: neither is it one, nor has it a folder "
-        f"checkpoint_<step>; {hint}"
-    )
-
-
 def _step(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> int:
-    leaf, match = arrays.get("state/step"), _NAME.fullmatch(folder.name)
+    leaf, step = arrays.get("state/step"), step_of(folder)
     if leaf is not None:
         if leaf.shape or leaf.dtype.kind not in "iuf":
             raise damaged(
                 folder, f"state/step is {leaf.dtype.name} of shape {leaf.shape}, not a number"
             )
-        step = leaf.read().item()
-        if not (math.isfinite(step) and step == int(step) >= 0):
-            raise damaged(folder, f"state/step is {step}, which is no step")
-        return int(step)
-    if match is None:
+        saved = leaf.read().item()
+        if not (math.isfinite(saved) and saved == int(saved) >= 0):
+            raise damaged(folder, f"state/step is {saved}, which is no step")
+        return int(saved)
+    if step is None:
         raise CheckpointError(f"{folder} doesn't say its step; name it checkpoint_<step>")
-    return int(match[1])
+    return step
 
 
-def _record(path: epath.Path) -> dict[str, WeightRecord]:
+def _record(path: epath.Path | None) -> dict[str, WeightRecord]:
     try:
-        return read_record(path)
+        return {} if path is None else read_record(path)
     except ValueError as e:
         raise CheckpointError(
             f"{path} is damaged ({short(e)}); move it away to go on without it"

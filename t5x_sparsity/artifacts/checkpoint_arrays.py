@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError, damaged, layout_of, short
+
 # The most bytes of an array that are read at once, where its chunks allow it.
 PART_BYTES = 64 * 2**20
 
@@ -27,10 +28,6 @@ _METADATA_KEYS = (".zarray", ".zattrs", ".zgroup", "zarr.json")
 _NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "str")
 
 Index = tuple[slice, ...]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint can't be read: there is none, or it is damaged or of another kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,32 +147,16 @@ def _cuts(region: slice, length: int, origin: int = 0) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
-def layout_of(folder: epath.Path) -> str | None:
-    """How a checkpoint is laid out: 'orbax' or 't5x'; None if the folder holds neither."""
-    if (folder / "state").is_dir():
-        return "orbax"
-    # TensorFlow has a text file of the same name
-    return "t5x" if (folder / "checkpoint").is_file() and not is_tensorflow(folder) else None
-
-
-def is_tensorflow(folder: epath.Path) -> bool:
-    """Whether a folder holds a checkpoint of TensorFlow."""
-    return any(p.name.endswith(".index") for p in folder.iterdir())
-
-
 def saved_arrays(folder: epath.Path) -> dict[str, SavedArray]:
     """The arrays of a checkpoint by name; no values are read, but all their chunks are there.
 
+    Args:
+      folder: a checkpoint, which has one of the two layouts.
+
     Raises:
-      CheckpointError: it has neither layout, or is damaged.
+      CheckpointError: it is damaged.
     """
-    layout = layout_of(folder)
-    if layout is None:
-        raise CheckpointError(
-            f"{folder} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'; give "
-            "another checkpoint_<step>"
-        )
-    return _orbax_arrays(folder) if layout == "orbax" else _t5x_arrays(folder)
+    return _orbax_arrays(folder) if layout_of(folder) == "orbax" else _t5x_arrays(folder)
 
 
 def _orbax_arrays(folder: epath.Path) -> dict[str, SavedArray]:
@@ -333,17 +314,3 @@ def _kvstore(folder: epath.Path) -> dict[str, Any]:
     if "://" in path:
         return ts.KvStore.Spec(path).to_json()
     return {"driver": "file", "path": path}
-
-
-def damaged(folder: epath.Path, what: str) -> CheckpointError:
-    """The error that a checkpoint is not whole."""
-    return CheckpointError(
-        f"{folder} is damaged or half-written: {what}; copy it again, or give another "
-        "checkpoint_<step>"
-    )
-
-
-def short(error: Exception) -> str:
-    """What a library says, without the places in its source that tensorstore adds."""
-    text = " ".join(re.sub(r"\[(source locations|tensorstore_spec)=.*", "", str(error)).split())
-    return text if len(text) <= 160 else f"{text[:160]}..."

@@ -15,9 +15,10 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5x_sparsity.artifacts import checkpoint_arrays
-from t5x_sparsity.artifacts.checkpoint import CheckpointError, open_checkpoint
+from t5x_sparsity.artifacts import checkpoint_arrays, checkpoint_folders
+from t5x_sparsity.artifacts.checkpoint import open_checkpoint
 from t5x_sparsity.artifacts.checkpoint_arrays import make_array
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.core import packing
 
@@ -455,12 +456,10 @@ def test_a_link_has_what_is_beside_it_or_beside_what_it_links_to(copy, tmp_path)
 
 
 def test_a_folder_that_may_not_be_read(copy, monkeypatch):
-    from t5x_sparsity.artifacts import checkpoint
-
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(checkpoint, "layout_of", refuse)
+    monkeypatch.setattr(checkpoint_folders, "layout_of", refuse)
     error(copy, r"can't be read \(PermissionError: .*Permission denied")
 
 

@@ -16,7 +16,8 @@ import tiny_t5
 import t5x_sparsity as ts
 from t5x_sparsity import cli
 from t5x_sparsity.artifacts import checkpoint_arrays
-from t5x_sparsity.artifacts.checkpoint import SavedArray, open_checkpoint
+from t5x_sparsity.artifacts.checkpoint import open_checkpoint
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.commands.inspect import weights as inspected
 from t5x_sparsity.core import packing
 

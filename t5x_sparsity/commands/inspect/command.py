@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, open_checkpoint
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.inspect.comparison import ComparisonReport
 from t5x_sparsity.commands.inspect.options import InspectOptions
