@@ -14,15 +14,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, saved_arrays, whole_index
-from t5x_sparsity.artifacts.checkpoint_folders import (
-    CheckpointError,
+from t5x_sparsity.artifacts.checkpoint_arrays import (
+    SavedArray,
     damaged,
-    find_checkpoint,
-    layout_of,
+    saved_arrays,
     short,
-    step_of,
+    whole_index,
 )
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError, find_checkpoint
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord, read_record
 from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 
@@ -171,14 +170,14 @@ def open_checkpoint(path: str) -> Checkpoint:
         kind.
     """
     try:
-        folder, skipped = find_checkpoint(path)
-        arrays = saved_arrays(folder)
+        folder, layout, step, skipped = find_checkpoint(path)
+        arrays = saved_arrays(folder, layout)
         _check_names(folder, arrays)
         config = _next_to(folder, "config.gin")
         return Checkpoint(
             path=str(folder),
-            step=_step(folder, arrays),
-            layout=layout_of(folder) or "",
+            step=_step(folder, arrays, step),
+            layout=layout,
             arrays=arrays,
             record=_record(_next_to(folder, RECORD)),
             config_gin=None if config is None else str(config),
@@ -205,20 +204,21 @@ def _next_to(folder: epath.Path, name: str) -> epath.Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _step(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> int:
-    leaf, step = arrays.get("state/step"), step_of(folder)
+def _step(folder: epath.Path, arrays: Mapping[str, SavedArray], named: int | None) -> int:
+    """What the checkpoint says, else its name."""
+    leaf = arrays.get("state/step")
     if leaf is not None:
         if leaf.shape or leaf.dtype.kind not in "iuf":
             raise damaged(
                 folder, f"state/step is {leaf.dtype.name} of shape {leaf.shape}, not a number"
             )
-        saved = leaf.read().item()
-        if not (math.isfinite(saved) and saved == int(saved) >= 0):
-            raise damaged(folder, f"state/step is {saved}, which is no step")
-        return int(saved)
-    if step is None:
+        step = leaf.read().item()
+        if not (math.isfinite(step) and step == int(step) >= 0):
+            raise damaged(folder, f"state/step is {step}, which is no step")
+        return int(step)
+    if named is None:
         raise CheckpointError(f"{folder} doesn't say its step; name it checkpoint_<step>")
-    return step
+    return named
 
 
 def _record(path: epath.Path | None) -> dict[str, WeightRecord]:

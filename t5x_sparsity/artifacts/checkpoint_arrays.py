@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError, damaged, layout_of, short
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 
 # The most bytes of an array that are read at once, where its chunks allow it.
 PART_BYTES = 64 * 2**20
@@ -147,16 +148,17 @@ def _cuts(region: slice, length: int, origin: int = 0) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
-def saved_arrays(folder: epath.Path) -> dict[str, SavedArray]:
+def saved_arrays(folder: epath.Path, layout: str) -> dict[str, SavedArray]:
     """The arrays of a checkpoint by name; no values are read, but all their chunks are there.
 
     Args:
-      folder: a checkpoint, which has one of the two layouts.
+      folder: that of the checkpoint.
+      layout: 'orbax' or 't5x', see `checkpoint_folders.layout_of`.
 
     Raises:
       CheckpointError: it is damaged.
     """
-    return _orbax_arrays(folder) if layout_of(folder) == "orbax" else _t5x_arrays(folder)
+    return _orbax_arrays(folder) if layout == "orbax" else _t5x_arrays(folder)
 
 
 def _orbax_arrays(folder: epath.Path) -> dict[str, SavedArray]:
@@ -314,3 +316,17 @@ def _kvstore(folder: epath.Path) -> dict[str, Any]:
     if "://" in path:
         return ts.KvStore.Spec(path).to_json()
     return {"driver": "file", "path": path}
+
+
+def damaged(folder: epath.Path, what: str) -> CheckpointError:
+    """The error that a checkpoint is not whole."""
+    return CheckpointError(
+        f"{folder} is damaged or half-written: {what}; copy it again, or give another "
+        "checkpoint_<step>"
+    )
+
+
+def short(error: Exception) -> str:
+    """What a library says, without the places in its source that tensorstore adds."""
+    text = " ".join(re.sub(r"\[(source locations|tensorstore_spec)=.*", "", str(error)).split())
+    return text if len(text) <= 160 else f"{text[:160]}..."

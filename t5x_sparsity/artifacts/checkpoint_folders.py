@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from typing import NamedTuple
 
 from etils import epath
 
@@ -15,20 +16,6 @@ _TEMPORARY = re.compile(r"checkpoint_(\d+)\.(orbax-checkpoint-tmp|tmp-|tmp$)")
 
 class CheckpointError(ValueError):
     """A checkpoint can't be read: there is none, or it is damaged or of another kind."""
-
-
-def damaged(folder: epath.Path, what: str) -> CheckpointError:
-    """The error that a checkpoint is not whole."""
-    return CheckpointError(
-        f"{folder} is damaged or half-written: {what}; copy it again, or give another "
-        "checkpoint_<step>"
-    )
-
-
-def short(error: Exception) -> str:
-    """What a library says, without the places in its source that tensorstore adds."""
-    text = " ".join(re.sub(r"\[(source locations|tensorstore_spec)=.*", "", str(error)).split())
-    return text if len(text) <= 160 else f"{text[:160]}..."
 
 
 def absolute(path: str) -> str:
@@ -49,14 +36,24 @@ def _is_tensorflow(folder: epath.Path) -> bool:
     return any(p.name.endswith(".index") for p in folder.iterdir())
 
 
-def step_of(folder: epath.Path) -> int | None:
-    """The step in the name of a folder checkpoint_<step>; None for another name."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
+class Place(NamedTuple):
+    """Where a checkpoint is.
+
+    Attributes:
+      folder: its own.
+      layout: 'orbax' or 't5x'.
+      step: by the folder's name, None where that is not checkpoint_<step>.
+      skipped: names of newer folders next to it that hold no complete checkpoint.
+    """
+
+    folder: epath.Path
+    layout: str
+    step: int | None
+    skipped: tuple[str, ...]
 
 
-def find_checkpoint(path: str) -> tuple[epath.Path, tuple[str, ...]]:
-    """The folder of a checkpoint, and the names of incomplete ones after it.
+def find_checkpoint(path: str) -> Place:
+    """Where a checkpoint is.
 
     Args:
       path: that folder, or the MODEL_DIR above it, whose last complete checkpoint is then taken.
@@ -80,16 +77,19 @@ def find_checkpoint(path: str) -> tuple[epath.Path, tuple[str, ...]]:
             f"{folder} is half-written: its name is that of a save that was under way or was "
             "killed; give a folder checkpoint_<step>"
         )
-    if layout_of(folder) is None and step_of(folder) is None:
+    layout = layout_of(folder)
+    if layout is None and not _NAME.fullmatch(folder.name):
         folder, skipped = _last_checkpoint(folder)
-    if layout_of(folder) is None:
+        layout = layout_of(folder)
+    if layout is None:
         if _is_tensorflow(folder):
             raise CheckpointError(_tensorflow(folder))
         raise CheckpointError(
             f"{folder} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'; give "
             "another checkpoint_<step>"
         )
-    return folder, skipped
+    named = _NAME.fullmatch(folder.name)
+    return Place(folder, layout, int(named[1]) if named else None, skipped)
 
 
 def _no_folder(path: epath.Path) -> str:

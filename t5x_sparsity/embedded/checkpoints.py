@@ -68,7 +68,7 @@ def saved_leaves(path: str) -> dict[str, SavedArray]:
             f"{path} is no checkpoint: it has no folder 'state'. Set the checkpoint's own folder "
             "(.../checkpoint_1000) with mode = 'specific', or the one above with mode = 'latest'."
         )
-    return saved_arrays(epath.Path(path))
+    return saved_arrays(epath.Path(path), "orbax")
 
 
 def _leaves(state_dict: Mapping) -> dict[str, Any]:

@@ -163,12 +163,13 @@ def _saved_sparsity(path: epath.Path, before: str) -> dict[str, SavedArray]:
     before: what a run could go on from without this checkpoint, '' where that isn't known.
     """
     remedy = f"; move that folder away to go on from {before}" if before else ""
-    if layout_of(path) is None:
+    layout = layout_of(path)
+    if layout is None:
         raise ValueError(
             f"{path} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'{remedy}"
         )
     try:
-        arrays = saved_arrays(path)
+        arrays = saved_arrays(path, layout)
     except Exception as e:
         raise ValueError(
             f"the checkpoint {path} is damaged and can't be read ({type(e).__name__}: {e}){remedy}"
