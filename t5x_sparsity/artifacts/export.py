@@ -46,40 +46,42 @@ class ExportedWeight:
     """What became of a weight.
 
     Attributes:
-      path: of the weight.
-      shape: of the weight.
+      saved: the weight of the checkpoint.
       dtype: in the file.
       kept: positions that the mask keeps; without a mask in the whole checkpoint, those of a matrix
         that aren't 0; else all.
       encoding: how it is stored.
       has_mask: whether the positions kept can be read back as the run's mask.
-      pattern: as the run recorded it, '' for a weight that it doesn't list, as the next.
-      algorithm: likewise.
-      stack_axes: the axes along which slices were pruned apart.
       dense_bytes: of all values in this dtype.
       exported_bytes: of its tensors in the file.
       bound_bytes: what an exact code of this pattern can't go below, see `compression.bound_bytes`.
       note: what a reader should know, '' for nothing.
     """
 
-    path: str
-    shape: tuple[int, ...]
+    saved: SavedWeight
     dtype: str
     kept: int
     encoding: Encoding
     has_mask: bool
-    pattern: str
-    algorithm: str
-    stack_axes: tuple[int, ...]
     dense_bytes: int
     exported_bytes: int
     bound_bytes: int
     note: str = ""
 
     @property
+    def path(self) -> str:
+        """Of the weight."""
+        return self.saved.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.saved.array.shape
+
+    @property
     def size(self) -> int:
         """Weights in all."""
-        return math.prod(self.shape)
+        return self.saved.array.size
 
     @property
     def sparsity(self) -> float:
@@ -96,9 +98,9 @@ class ExportedWeight:
             "kept": self.kept,
             "sparsity": self.sparsity,
             "mask": self.has_mask,
-            "pattern": self.pattern,
-            "algorithm": self.algorithm,
-            "stack_axes": list(self.stack_axes),
+            "pattern": self.saved.record.pattern or "",
+            "algorithm": self.saved.record.algorithm or "",
+            "stack_axes": list(self.saved.record.stack_axes or ()),
         }
 
 
@@ -215,7 +217,6 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
 def _exported(
     saved: SavedWeight, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
-    pattern, stack_axes = saved.record.pattern or "", saved.record.stack_axes or ()
     kept, has_mask, note = _kept(saved, x)
     encoding: Encoding = Dense()
     if format == "compressed":
@@ -223,8 +224,8 @@ def _exported(
             x,
             kept,
             exactly=has_mask,
-            pattern=pattern,
-            stack_axes=stack_axes,
+            pattern=saved.record.pattern or "",
+            stack_axes=saved.axes.stack,
             smallest=smallest,
         )
     count = int(np.count_nonzero(kept))
@@ -237,15 +238,11 @@ def _exported(
         note = f"{note}; {lost}" if note else lost
     arrays = compression.encode(x, kept, encoding)
     weight = ExportedWeight(
-        path=saved.path,
-        shape=x.shape,
+        saved=saved,
         dtype=x.dtype.name,
         kept=count,
         encoding=encoding,
         has_mask=has_mask and (not is_dense or count == x.size),
-        pattern=pattern,
-        algorithm=saved.record.algorithm or "",
-        stack_axes=stack_axes,
         dense_bytes=x.nbytes,
         exported_bytes=sum(a.nbytes for a in arrays.values()),
         bound_bytes=compression.bound_bytes(encoding, x.shape, count, x.itemsize),
