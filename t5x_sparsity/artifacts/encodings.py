@@ -22,7 +22,7 @@ class Encoding:
     """The base of all encodings: which positions of a weight are stored, and how a file says so.
 
     `kept` is a bool array of the weight's shape. An encoding's own fields are its parameters, and
-    are written beside its arrays.
+    are written next to its arrays.
     """
 
     name: ClassVar[str]

@@ -379,7 +379,7 @@ def test_the_record_is_that_of_its_weights(copy):
 
 
 BAD_RECORDS = {
-    b"[]": r"it is \[\], not an object with an entry a weight",
+    b"[]": r"it is \[\], not an object with one entry per weight",
     b"null": "it is null, not an object",
     b'{"w": 3}': "the entry of w is 3, not an object",
     b'{"\\ud800": {}}': r'"\\ud800" is no path of a weight',
@@ -416,7 +416,7 @@ def test_an_entry_of_the_record_is_of_its_type_and_range(copy_once, key, value, 
 
 
 @pytest.mark.parametrize("text", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
-def test_a_record_is_an_entry_a_weight(copy_once, text):
+def test_a_record_has_one_entry_per_weight(copy_once, text):
     (copy_once.parent / "sparsity.json").write_bytes(text)
     error(copy_once, rf"sparsity.json is damaged \(.*{BAD_RECORDS[text]}")
 

@@ -271,12 +271,12 @@ def test_what_is_odd_is_said(capsys, tmp_path):
     assert "Kept but exactly zero, as weights are that were just grown: 1." in text
     assert f"Not (yet) as sparsity.json says, {pattern}: mlp/wi." in text
     assert f"unstructured (not {pattern})" in text
-    assert "sparsity.json beside the checkpoint is not of its masks: other there" in text
+    assert "sparsity.json next to the checkpoint is not of its masks: other there" in text
     assert "7 is the last complete one; skipped as half-written: checkpoint_9." in text
     notes = as_json(capsys, tmp_path)["notes"]
     assert len(notes) == 5 and all(note in text for note in notes)
     (tmp_path / "sparsity.json").unlink()
-    assert "There is no sparsity.json beside the checkpoint" in as_text(capsys, tmp_path)
+    assert "There is no sparsity.json next to the checkpoint" in as_text(capsys, tmp_path)
 
 
 def test_what_is_assumed_of_stacks_is_said(capsys, tmp_path):

@@ -143,14 +143,14 @@ class Report:
         found = skipped(checkpoint)
         if checkpoint.masked and not checkpoint.record:
             found.append(
-                "There is no sparsity.json beside the checkpoint: targets, patterns asked for and "
+                "There is no sparsity.json next to the checkpoint: targets, patterns asked for and "
                 "stacked axes are not known."
             )
         fitting = {w.path for w in checkpoint.masked if w.record != WeightRecord()}
         strange = [p for p in checkpoint.record if p not in fitting]
         if strange:
             found.append(
-                f"sparsity.json beside the checkpoint is not of its masks: {first_few(strange)} "
+                f"sparsity.json next to the checkpoint is not of its masks: {first_few(strange)} "
                 "there without a mask of that shape here."
             )
         assumed = [
