@@ -6,8 +6,11 @@ users need no host, and those of the plugin need one, T5X or the embedded host.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from t5x_sparsity.extras import requires
 
 # isort: off
 if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr__
@@ -84,78 +87,40 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
 
 __version__ = "0.1.0"
 
-# The module of each public name; a test compares it with the imports above.
+# The public names of each module; a test compares them with the imports above.
 _NAMES = {
     "algorithms": (
-        "ACDC",
-        "AdamFisher",
-        "Algorithm",
-        "DecayingMask",
-        "Dense",
-        "GlobalMagnitude",
-        "GlobalSaliency",
-        "GraNet",
-        "IterativeNM",
-        "MEST",
-        "Magnitude",
-        "MagnitudeSTE",
-        "RandomPruning",
-        "RandomSTE",
-        "RigL",
-        "SET",
-        "SNFS",
-        "SRSTE",
-        "SRigL",
-        "Saliency",
-        "Static",
-        "StructureDecay",
-        "TopKAST",
+        "ACDC AdamFisher Algorithm DecayingMask Dense GlobalMagnitude GlobalSaliency GraNet "
+        "IterativeNM MEST Magnitude MagnitudeSTE RandomPruning RandomSTE RigL SET SNFS SRSTE "
+        "SRigL Saliency Static StructureDecay TopKAST"
     ),
-    "core.config": ("SparsityConfig",),
-    "artifacts.export": ("load_export",),
-    "monitoring.summary": ("sparsity_summary", "summary_table"),
-    "core.patterns": (
-        "Block",
-        "Channel",
-        "ConstantFanIn",
-        "NByM",
-        "Unstructured",
-    ),
-    "core.plan": ("Rule",),
+    "core.config": "SparsityConfig",
+    "artifacts.export": "load_export",
+    "monitoring.summary": "sparsity_summary summary_table",
+    "core.patterns": "Block Channel ConstantFanIn NByM Unstructured",
+    "core.plan": "Rule",
     "t5x": (
-        "SparseOptimizer",
-        "SparseTrainStateInitializer",
-        "checkpoint_step",
-        "from_dense",
-        "make_sparse",
-        "sparse_trainer",
+        "SparseOptimizer SparseTrainStateInitializer checkpoint_step from_dense make_sparse "
+        "sparse_trainer"
     ),
-    "core.schedules": (
-        "Constant",
-        "Cosine",
-        "Exponential",
-        "Listed",
-        "Never",
-        "OneShot",
-        "Periodic",
-        "Polynomial",
-    ),
-    "transformation": (
-        "apply_masks",
-        "sparsify",
-    ),
+    "core.schedules": "Constant Cosine Exponential Listed Never OneShot Periodic Polynomial",
+    "transformation": "apply_masks sparsify",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = ("host",)
+# Modules without a host of their own that need an extra; `host` names its own.
+_EXTRAS = {"artifacts.export": "tools"}
 
 __all__ = sorted([*_MODULE_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
-        value = globals()[name] = getattr(module, name)
-        return value
+        module = _MODULE_OF[name]
+        extra = _EXTRAS.get(module)
+        with requires(extra, name) if extra else contextlib.nullcontext():
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return globals().setdefault(name, value)
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as e:

@@ -59,11 +59,11 @@ def _run(values: argparse.Namespace) -> int:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if "prepare" in values:
-        values.prepare(values)
     name = values.command.replace("-", "_")
     fields = dataclasses.fields(values.options)
     options = values.options(**{f.name: getattr(values, f.name) for f in fields})
+    if hasattr(options, "set_environment"):
+        options.set_environment()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a name that a terminal can't show is no reason to fail
@@ -89,7 +89,7 @@ def _run(values: argparse.Namespace) -> int:
 
 
 def _drop_output() -> None:
-    """Lets go of output that can't be written; Python would try, and complain, as it ends."""
+    """Discards output that can't be written, or Python would try again as it ends, and complain."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -30,7 +30,7 @@ def requires(extra: str, what: str) -> Iterator[None]:
         package = (e.name or "").partition(".")[0]
         if package in ("", "t5x_sparsity"):
             raise
-        # the module that lacks it says nothing that the user can act on
+        # which module imports it is of no use to the user
         raise MissingExtra(
             f"{what} needs {package}, which isn't installed; install it by "
             f'pip install "t5x_sparsity[{extra}]"',

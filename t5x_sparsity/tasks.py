@@ -7,9 +7,9 @@ Importing this module registers two seqio tasks; their files are found and read 
 
 `text_folder` registers the same kind of task over a folder. Each file is cut into consecutive
 chunks as long as TASK_FEATURE_LENGTHS says, so all text is used and only a file's last can be
-short: packing gains almost nothing. A chunk ends where its length ends, perhaps inside a
-character, and no EOS is added. About one file in twenty is held out as the split `validation`,
-chosen by a hash of its name within the folder.
+short: packing gains almost nothing. A chunk may end inside a character, and no EOS is added. About
+one file in twenty is held out as the split `validation`, chosen by a hash of its name within the
+folder.
 """
 
 import functools

@@ -14,7 +14,7 @@ from jax import lax
 
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.config import SparsityConfig
-from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Plan
+from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, LayerPlan, Plan
 from t5x_sparsity.core.optimizer_slots import zero_slots
 from t5x_sparsity.core.patterns import Pattern
 from t5x_sparsity.core.plan import Rule, update_schedules
@@ -31,7 +31,7 @@ class SparsifyState(NamedTuple):
       sparsity: masks and their random key.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which no state needs
     inner: optax.OptState
     sparsity: SparsityState
 
@@ -52,24 +52,38 @@ def sparsify(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optax optimizer so that it trains sparse.
 
-    Weights that the masks prune come out of `optax.apply_updates` exactly 0; nothing else is needed
-    in the train loop. Nothing may come after it in an `optax.chain`: wrap it around the others, and
-    `optax.apply_if_finite` around it. `apply_masks` zeroes pruned weights before the first step
-    too, which is how a run should start; `sparsity_summary` reports.
+    Weights that the masks prune are exactly 0 after `optax.apply_updates`; the train loop needs
+    nothing else. In an `optax.chain` it must be the last: wrap it around the other transformations,
+    and `optax.apply_if_finite` around it. A run should start from `apply_masks`, which zeroes the
+    pruned weights before the first step. `sparsity_summary` reports.
+
+    >>> import jax.numpy as jnp, optax, t5x_sparsity as ts
+    >>> algorithm = ts.RigL(updates=ts.Periodic(begin=100, end=7500, period=100))
+    >>> tx = ts.sparsify(optax.adam(1e-3), algorithm, sparsity=0.75)
+    >>> params = {"w": jnp.ones((8, 16))}
+    >>> state = tx.init(params)
+    >>> params = ts.apply_masks(params, state)
+    >>> updates, state = tx.update({"w": jnp.ones((8, 16))}, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> int((params["w"] == 0).sum()), params["w"].size
+    (96, 128)
 
     Args:
       tx: any optax transformation. `params` must be passed to its `update`.
-      algorithm: e.g. `RigL(updates=Periodic(begin=100, end=7500, period=100))`.
-      sparsity: of all sparse weights together, in [0, 1).
-      distribution: how that is shared among layers: 'uniform', 'er', 'erk'.
-      pattern: the shape zeros come in. None: Unstructured.
-      rules: levels, patterns and algorithms of weights of their own.
+      algorithm: decides which weights are kept.
+      sparsity: the share of zeros among all weights in the shared budget, in [0, 1).
+      distribution: how layers share it: 'uniform', 'er', 'erk'.
+      pattern: the shape that zeros come in. None: Unstructured.
+      rules: levels, patterns and algorithms for some of the weights.
       embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
-      seed: of the masks' random choices.
+      seed: of the masks' random choices, a non-negative integer.
       pack_masks: store masks eight weights per byte where a weight's shape allows.
       track_explored: remember which weights have ever been kept, another bit per weight.
-      logical_axes: tree like params with the logical names of each weight's axes, one tuple of
-        names per leaf, where weights are stacks of layers or experts. None: there are no stacks.
+      logical_axes: tree like params with one tuple per leaf, the logical names of its axes; needed
+        where weights are stacks of layers or experts. None: there are no stacks.
+
+    Returns:
+      A transformation whose state is a `SparsifyState`.
 
     Raises:
       ValueError: a level out of range, an unknown distribution, a rule without effect, a pattern
@@ -92,7 +106,7 @@ def sparsify(
 
 
 class _Sparsified(NamedTuple):
-    """What `sparsify` makes of an optimizer: its two functions.
+    """The two functions of a sparsified optimizer.
 
     Attributes:
       tx: the optimizer inside.
@@ -123,7 +137,7 @@ class _Sparsified(NamedTuple):
         grads, weights = flatten(updates), flatten(params)
         plan = self.plan(weights)
 
-        # the optimizer's changes are carried next to its state: a mask update may replace them
+        # the optimizer's changes are kept next to its state: a mask update may replace them
         def gradient_step(weights: Arrays, grads: Arrays, optimizer: Any) -> tuple[Arrays, Any]:
             trees = unflatten(updates, grads), optimizer["state"], unflatten(params, weights)
             changes, inner = self.tx.update(*trees, **extra_args)
@@ -147,7 +161,7 @@ class _Sparsified(NamedTuple):
             changes, state = step(state, False)
         return changes, state._replace(count=optax.safe_increment(state.count))
 
-    def plan(self, weights: Arrays) -> Plan:
+    def plan(self, weights: Arrays) -> dict[str, LayerPlan]:
         missing = [] if self.axes is None else [p for p in weights if p not in self.axes]
         if missing:
             raise ValueError(
@@ -165,13 +179,13 @@ def _step(
     gradient_step: GradientStep,
     updates_masks: bool,
 ) -> tuple[dict[str, jax.Array], SparsifyState]:
-    """One train step: what is to be added to each weight, by path, and the state but for its count.
+    """One train step: what to add to each weight, by path, and the state with the old count.
 
-    gradient_step's state is a dict of the inner optimizer's 'state' and of the 'changes' that it
-    makes; 'changes' that go in are those that a mask update makes in their place.
+    The state of `gradient_step` is a dict of the inner optimizer's 'state' and of its 'changes'.
+    Changes that are passed in are returned if a mask update replaces the gradient step.
     """
     like = jax.eval_shape(gradient_step, weights, grads, {"state": state.inner})[1]["changes"]
-    # of the dtypes that the optimizer gives, which need not be the weights'
+    # the optimizer's dtypes need not be the weights'
     nothing = {p: jnp.zeros(x.shape, x.dtype) for p, x in like.items()}
     found = train_step(
         plan,
@@ -185,7 +199,7 @@ def _step(
     )
     changes = dict(found.optimizer_state["changes"])
     for p, alive in found.alive.items():
-        # what is rounded off at each step must not add up next to the dense weight
+        # rounding errors of the steps must not add up to a difference from the dense weight
         alive = alive & (p not in found.state.slots.get(DENSE, {}))
         changes[p] = _change(changes[p], weights[p], found.weights[p], alive)
     inner = zero_slots(found.optimizer_state["state"], found.reset, weights)
@@ -194,7 +208,7 @@ def _step(
 
 def _change(change: jax.Array, old: jax.Array, new: jax.Array, alive: jax.Array) -> jax.Array:
     """What `optax.apply_updates` must add to a weight: exact where it was, or is, pruned."""
-    # a change narrower than its weight could not take it all the way
+    # a change of a narrower dtype than its weight could not be exact
     change = change.astype(jnp.promote_types(change.dtype, old.dtype))
     return jnp.where(alive, change, new.astype(change.dtype) - old.astype(change.dtype))
 
@@ -206,7 +220,10 @@ def _is_axis_names(x: Any) -> bool:
 
 
 def find_state(state: Any) -> SparsifyState:
-    """The state of `sparsify` inside that of optimizers around it.
+    """The state of `sparsify` inside the state of optimizers around it.
+
+    Args:
+      state: any pytree.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -225,5 +242,20 @@ def find_state(state: Any) -> SparsifyState:
 
 
 def apply_masks(params: Any, state: Any) -> Any:
-    """Params with the pruned weights set to 0. state: of `sparsify`, or one that holds it."""
+    """The params with 0 where masks prune.
+
+    >>> import jax.numpy as jnp, optax, t5x_sparsity as ts
+    >>> tx = ts.sparsify(optax.sgd(0.1), ts.Static(), sparsity=0.75)
+    >>> params = {"w": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    >>> sparse = ts.apply_masks(params, tx.init(params))
+    >>> float(sparse["w"].sum()), float(sparse["bias"].sum())
+    (4.0, 4.0)
+
+    Args:
+      params: the tree that `sparsify(...).init` was called with.
+      state: what `init` or `update` returned, or a state that holds it.
+
+    Raises:
+      ValueError: no state of `sparsify` in `state`, or several.
+    """
     return unflatten(params, packing.apply(flatten(params), find_state(state).sparsity.masks))

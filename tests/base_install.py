@@ -51,10 +51,16 @@ def one_line_of(*command):
     return lines[0]
 
 
+def is_installed(name):
+    """Whether there is such a package; a folder of that name, such as 'gin/', is none."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
 def main():
     """Runs every check."""
     for name in ("tensorflow", "flax", "seqio", "orbax", "gin"):
-        assert importlib.util.find_spec(name) is None, f"{name} is installed: is this the base?"
+        assert not is_installed(name), f"{name} is installed: is this the base?"
     updates = ts.Periodic(begin=5, end=40, period=5)
     for algorithm, pattern in (
         (ts.RigL(updates=updates), None),

@@ -1,4 +1,4 @@
-"""All that this package replaces in other libraries while a run is planned, and why.
+"""What this package replaces in other libraries while a run is planned, and why.
 
 Each is a context manager that puts back what it replaced. `tests/ahead_of_time/test_patches.py`
 says with which versions they were tried.

@@ -1,7 +1,7 @@
 """What one compiled program takes on each device: memory, FLOPs, and what it moves.
 
-All is read from what XLA reports, the program's text included. So it also holds for programs that
-are compiled ahead of time, for devices that are not here. Knows nothing of sparsity.
+All is read from what XLA reports, the program's text included, so it also works for programs that
+are compiled ahead of time for devices that are not here. Knows nothing of sparsity.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
     computations, entry = _parse(text)
     memo: dict[str, tuple[dict[str, Collective], int]] = {}
 
-    def of(name: str) -> tuple[dict[str, Collective], int]:
+    def count(name: str) -> tuple[dict[str, Collective], int]:
         if name in memo:
             return memo[name]
         total: dict[str, Collective] = {}
@@ -93,17 +93,17 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
         body = computations.get(name, {})
 
         def add(found: Mapping[str, Collective], times: int) -> None:
-            for kind, (count, size) in found.items():
+            for kind, (n, size) in found.items():
                 before = total.get(kind, Collective(0, 0))
-                total[kind] = Collective(before.count + times * count, before.bytes + times * size)
+                total[kind] = Collective(before.count + times * n, before.bytes + times * size)
 
         for x in body.values():
             kind = x.op.removesuffix("-start")
             if kind in COLLECTIVES:
                 add({kind: Collective(1, _moved(x, body))}, 1)
             elif x.op == "while":
-                inner, unknown_inside = of(_attribute(x, "body"))
-                test, unknown_in_test = of(_attribute(x, "condition"))
+                inner, unknown_inside = count(_attribute(x, "body"))
+                test, unknown_in_test = count(_attribute(x, "condition"))
                 iterations = _iterations(x, body, computations)
                 unknown += (
                     unknown_inside + unknown_in_test + (iterations is None and bool(inner | test))
@@ -112,13 +112,13 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
                 add(test, 1 if iterations is None else iterations + 1)
             elif x.op not in ("async-update", "async-done"):  # they name what async-start calls
                 for called in _called(x):
-                    found, unknown_inside = of(called)
+                    found, unknown_inside = count(called)
                     unknown += unknown_inside
                     add(found, 1)
         memo[name] = total, unknown
         return memo[name]
 
-    found, unknown = of(entry)
+    found, unknown = count(entry)
     return {kind: found[kind] for kind in COLLECTIVES if kind in found}, unknown
 
 
@@ -184,6 +184,7 @@ def _attribute(x: _Instruction, name: str) -> str:
 
 
 def _called(x: _Instruction) -> list[str]:
+    """Names of the computations that an instruction calls, loops aside."""
     names = [
         _attribute(x, n) for n in ("calls", "to_apply", "true_computation", "false_computation")
     ]
@@ -193,6 +194,7 @@ def _called(x: _Instruction) -> list[str]:
 
 
 def _moved(x: _Instruction, body: Mapping[str, _Instruction]) -> int:
+    """Bytes of a collective's inputs or outputs, the larger of the two."""
     if x.op.endswith("-start") and not x.op.startswith("all-reduce"):
         # (inputs, outputs, ...)
         return max((_bytes(part) for part in _parts(x.type)[:2]), default=0)
@@ -259,6 +261,7 @@ def _constant(name: str, body: Mapping[str, _Instruction]) -> int | None:
 
 
 def _adds_one(index: int, body: Mapping[str, _Instruction]) -> bool:
+    """Whether a loop's body adds 1 to this part of its state."""
     root = next(reversed(body.values()), None)
     if root is None or root.op != "tuple" or index >= len(root.operands):
         return False
@@ -268,7 +271,8 @@ def _adds_one(index: int, body: Mapping[str, _Instruction]) -> bool:
     if step is None or step.op != "add":
         return False
     for a, b in (step.operands, reversed(step.operands)):
-        of = body.get(a)
-        if of is not None and of.op == "get-tuple-element" and _constant(b, body) == 1:
-            return int(_attribute(of, "index")) == index
+        counter = body.get(a)
+        is_element = counter is not None and counter.op == "get-tuple-element"
+        if is_element and _constant(b, body) == 1:
+            return int(_attribute(counter, "index")) == index
     return False

@@ -83,8 +83,8 @@ def get_slice(name: str, *, one_process: bool = False) -> Slice:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
-            "compiling for a TPU slice needs libtpu, which isn't installed; "
-            "run pip install 't5x_sparsity[aot]', or leave --topology out"
+            "compiling for a TPU slice needs libtpu, which isn't installed; install it by "
+            'pip install "t5x_sparsity[aot]", or leave --topology out'
         )
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)

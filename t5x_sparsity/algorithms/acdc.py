@@ -1,4 +1,4 @@
-"""AC/DC: sparse and dense phases in turn."""
+"""AC/DC: alternating sparse and dense phases."""
 
 from __future__ import annotations
 
@@ -9,32 +9,39 @@ import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.common import choose, grown, magnitudes
 from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Update
-from t5x_sparsity.core.schedules import Periodic
+from t5x_sparsity.core.schedules import Periodic, StepValue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ACDC(Algorithm):
     """Alternating compressed and decompressed training (Peste et al. 2021, arXiv:2106.12379).
 
-    Dense until the first update, which keeps the weights of largest |w|; at the next all weights
-    come back, at 0; and so on by turns. The last update begins the sparse phase that ends the run,
-    whichever turn it would be (Algorithm 1). The authors' code prunes by one threshold over all
-    layers; here each layer has its target.
+    Dense until the first update, which keeps the weights of largest |w|. At the next update all
+    weights come back, at 0, and so on alternately. The last update always begins a sparse phase,
+    which ends the run (Algorithm 1). The authors' code prunes by one threshold over all layers;
+    here each layer has its target.
+
+    >>> import t5x_sparsity as ts
+    >>> phases = ts.Periodic(begin=100, end=900, period=200)
+    >>> algorithm = ACDC(updates=phases)
 
     Attributes:
       updates: `begin` ends the dense warm-up, `period` is the length of a phase, `end` begins the
         last sparse phase.
       reset_optimizer: whether the optimizer's slots of all sparse weights are zeroed when weights
-        come back, as the authors do with SGD. Adam's step count runs on: see `AdamFisher`.
+        come back, as the authors do with SGD. Adam's step count is not reset: see `AdamFisher`.
+
+    Raises:
+      ValueError: updates that are not Periodic.
     """
 
     updates: Periodic
     reset_optimizer: bool = False
 
     masks_gradients = True
-    dense_gradients = Need.NEVER  # none of pruned weights; dense phases have no pruned weights
+    dense_gradients = Need.NEVER  # a dense phase has no pruned weights
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.updates, Periodic):
             raise ValueError(
                 f"ACDC.updates must be Periodic, whose period is the length of a phase, got "
@@ -51,8 +58,8 @@ class ACDC(Algorithm):
             return dict.fromkeys(plan, 1.0)
         return super().mask_densities(plan, updated)
 
-    def _begins_dense_phase(self, step):
-        """Whether the update at `step`, an int or a traced one, brings all weights back."""
+    def _begins_dense_phase(self, step: StepValue) -> bool | jax.Array:
+        """Whether the update at `step` brings all weights back."""
         phase = (step - self.updates.begin) // self.updates.period
         return (phase % 2 == 1) & (step != self.updates.end)
 

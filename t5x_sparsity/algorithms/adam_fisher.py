@@ -14,16 +14,19 @@ from t5x_sparsity.core.optimizer_slots import second_moments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamFisher(GradualPruning):
-    """Keeps the weights of largest w^2 v, v Adam's running mean of squared gradients.
+    """Keeps the weights of largest w^2 v, where v is Adam's running mean of squared gradients.
 
-    v stands for the diagonal of the Fisher matrix, and the score for the loss that a weight costs
-    (Singh & Alistarh 2020, arXiv:2004.14340, section 3; the diagonal of the optimal brain surgeon).
-    An optimizer that keeps no v, or only its factors, is an error.
+    v approximates the diagonal of the Fisher matrix, and the score the increase of the loss if the
+    weight were 0 (Singh & Alistarh 2020, arXiv:2004.14340, section 3; the diagonal form of the
+    optimal brain surgeon). An optimizer that keeps no v, or only its factors, is a ValueError.
+
+    >>> import t5x_sparsity as ts
+    >>> algorithm = AdamFisher(updates=ts.Periodic(begin=500, end=4000, period=100))
 
     Attributes:
       reset_optimizer: whether an update zeroes the optimizer's slots of all sparse weights. Adam's
-        step count runs on, so the first steps after a reset are up to (1 - b1) / sqrt(1 - b2) times
-        as long.
+        step count is not reset, so the first steps after it are up to (1 - b1) / sqrt(1 - b2) times
+        as large.
     """
 
     reset_optimizer: bool = False

@@ -1,38 +1,40 @@
-"""The pieces that several algorithms share: scores, choices, and how many units a ramp keeps."""
+"""What several algorithms share: scores, selections, and how many units a ramp keeps."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.core.contract import Algorithm, Arrays, LayerPlan, Plan
-from t5x_sparsity.core.patterns import Pattern
 from t5x_sparsity.core.selection import Choice, select_masks
 from t5x_sparsity.core.stacking import map_stacked
 
+P = TypeVar("P")
+
 
 def grown(before: Arrays, after: Arrays) -> dict[str, jax.Array]:
-    """The weights that an update has brought back."""
+    """Which weights an update has brought back: bool, the weights' shapes."""
     return {p: after[p] & ~before[p] for p in after}
 
 
 def start_scores(plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
-    """What a run that starts sparse keeps the largest of: chance, or |w| of trained weights."""
+    """The scores that a sparse start keeps the largest of: random, or |w| where key is None."""
     return magnitudes(plan, weights) if key is None else random_scores(plan, key)
 
 
 def random_scores(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
-    """Independent uniform float32 scores, a stream a weight, the same on every mesh.
+    """Independent uniform float32 scores in [0, 1), the same on every mesh.
 
-    A weight's stream depends on its path, so that it doesn't change when other weights come or go.
+    Each weight has its own random stream, which depends on its path and on no other weight.
     """
     streams = {p: jnp.uint32(zlib.crc32(p.encode())) for p in plan}
 
     def draw(layer: LayerPlan, streams: jax.Array) -> jax.Array:
-        def one(stream):
+        def one(stream: jax.Array) -> jax.Array:
             return jax.random.uniform(jax.random.fold_in(key, stream), layer.shape, jnp.float32)
 
         return jax.vmap(one)(streams)
@@ -54,9 +56,24 @@ def choose(
     keep: Arrays | None = None,
     relaxed: bool = False,
 ) -> dict[str, jax.Array]:
-    """`select_masks` over a plan; k is a layer's target where it is not given.
+    """The masks of the units of largest score, of every weight of a plan.
 
-    relaxed chooses by each pattern's relaxed form, which is how weights are dropped.
+    >>> from t5x_sparsity.core.plan import make_plan
+    >>> weights = {"w": jnp.array([[1.0, 4.0], [3.0, 2.0]])}
+    >>> print(choose(make_plan(weights, sparsity=0.5), weights)["w"])
+    [[False  True]
+     [ True False]]
+
+    Args:
+      plan: of the weights.
+      scores: float, the weights' shapes.
+      k: units to keep per slice. None: each layer's target.
+      where: bool, the weights' shapes; only these may be chosen. None: all.
+      keep: bool, the weights' shapes; these, whole units, are always kept and count towards k.
+      relaxed: whether to choose by each pattern's relaxed form, by which weights are dropped.
+
+    Returns:
+      path -> bool, the weight's shape.
     """
     return select_masks(choices(plan, scores, k, where=where, keep=keep, relaxed=relaxed))
 
@@ -70,14 +87,10 @@ def choices(
     keep: Arrays | None = None,
     relaxed: bool = False,
 ) -> dict[str, Choice]:
-    """Each weight's part in a selection; see `choose`."""
-
-    def pattern_of(layer) -> Pattern:
-        return layer.pattern.relaxed if relaxed else layer.pattern
-
+    """Each weight's part in the selection of `choose`."""
     return {
         path: Choice(
-            pattern=pattern_of(layer),
+            pattern=layer.pattern.relaxed if relaxed else layer.pattern,
             scores=scores[path],
             k=layer.kept if k is None else k[path],
             stack_axes=layer.stack_axes,
@@ -90,9 +103,13 @@ def choices(
 
 
 def scheduled_kept(plan: Plan, share: jax.Array) -> dict[str, jax.Array]:
-    """Units kept per slice when `share` of each layer's target sparsity is reached.
+    """Units kept per slice, int32, when `share` of each layer's target sparsity is reached.
 
-    Exact at share 0 (all) and 1 (the target), however large the layer.
+    Exact at share 0 (all units) and 1 (the target), however large the layer.
+
+    Args:
+      plan: of the weights.
+      share: float32 scalar in [0, 1].
     """
     kept = {}
     for path, layer in plan.items():
@@ -102,12 +119,18 @@ def scheduled_kept(plan: Plan, share: jax.Array) -> dict[str, jax.Array]:
     return kept
 
 
-def require_pattern(algorithm: Algorithm, plan: Plan, pattern: type) -> None:
-    """Raises ValueError unless every weight's pattern is of this class."""
-    other = [p for p, layer in plan.items() if not isinstance(layer.pattern, pattern)]
+def pattern_of_each(algorithm: Algorithm, plan: Plan, pattern: type[P]) -> dict[str, P]:
+    """The pattern of every weight, by path.
+
+    Raises:
+      ValueError: some weight's pattern is not of the class `pattern`, which the algorithm needs.
+    """
+    found: dict[str, P] = {p: x.pattern for p, x in plan.items() if isinstance(x.pattern, pattern)}
+    other = [p for p in plan if p not in found]
     if other:
         name = pattern.__name__
         raise ValueError(
             f"{type(algorithm).__name__} needs the pattern {name}, but the weights {other} have "
             f"another; bind SparsityConfig.pattern, or their rule's, to @t5x_sparsity.{name}()"
         )
+    return found

@@ -1,4 +1,4 @@
-"""Masks that close slowly: pruned weights fade, or groups lose a few weights at a time."""
+"""Masks that prune gradually: pruned weights fade, or groups lose a few weights at a time."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, require_pattern
+from t5x_sparsity.algorithms.common import choose, magnitudes, pattern_of_each
 from t5x_sparsity.algorithms.straight_through import UnderMask
 from t5x_sparsity.core.contract import Arrays, Need, Plan, Update, prune
 from t5x_sparsity.core.patterns import NByM
-from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule, value_after
+from t5x_sparsity.core.schedules import (
+    Polynomial,
+    StepValue,
+    UpdateSchedule,
+    ValueSchedule,
+    value_after,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecayingMask(UnderMask):
-    """The forward pass uses w (M + d (1 - M)), with d falling from 1 to 0.
+    """The forward pass uses w (M + d (1 - M)), where d decreases from 1 to 0.
 
     Kao et al. 2022, arXiv:2209.07617, section 3. M keeps the largest |w| at the target level, and
-    is chosen again at every update; after the last, d is 0 and M stays. Gradients follow the chain
+    is recomputed at every update; after the last, d is 0 and M stays. Gradients follow the chain
     rule, so that those of pruned weights fade with d, as in Google's code (aqt); with
-    `straight_through` they don't, as in a later code of the authors.
+    `straight_through` they don't, as in later code of the authors.
+
+    >>> import t5x_sparsity as ts
+    >>> algorithm = DecayingMask(updates=ts.Periodic(begin=0, end=500, period=50))
 
     Attributes:
-      updates: when masks are chosen again.
-      decay: d, over the progress of updates.
+      updates: when masks are recomputed.
+      decay: d, in [0, 1], over the progress of updates.
       straight_through: whether pruned weights get their gradients in full.
     """
 
@@ -47,7 +56,9 @@ class DecayingMask(UnderMask):
             return update.grads
         return self._faded(update.grads, update.masks, update.step)
 
-    def forward(self, plan: Plan, weights: Arrays, masks: Arrays, step) -> dict[str, jax.Array]:
+    def forward(
+        self, plan: Plan, weights: Arrays, masks: Arrays, step: StepValue
+    ) -> dict[str, jax.Array]:
         return self._faded(weights, masks, step)
 
     def densities(self, density: float, step: int) -> tuple[float, float]:
@@ -55,11 +66,11 @@ class DecayingMask(UnderMask):
             return 1.0, 1.0
         return density, 1.0 if self.straight_through else density
 
-    def _faded(self, arrays: Arrays, masks: Arrays, step) -> dict[str, jax.Array]:
+    def _faded(self, arrays: Arrays, masks: Arrays, step: StepValue) -> dict[str, jax.Array]:
         left = self.decay(self.updates.progress(step))
 
-        def fade(x, mask):
-            # no product once nothing is left, which would keep NaN alive
+        def fade(x: jax.Array, mask: jax.Array) -> jax.Array:
+            # at d = 0 no product, which would keep NaN
             faded = jnp.where(left > 0, x * left.astype(x.dtype), jnp.zeros((), x.dtype))
             return jnp.where(mask, x, faded)
 
@@ -68,14 +79,14 @@ class DecayingMask(UnderMask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructureDecay(UnderMask):
-    """The groups of N:M keep M-1 weights, then M/2, M/4, ..., N, in turns of equal length.
+    """The groups of N:M keep M-1 weights, then M/2, M/4, ..., N, in stages of equal length.
 
     Kao et al. 2022, arXiv:2209.07617, section 3, the structure-decay form. Weights that a group
-    has lost are chosen again by |w| at later updates. They get no gradients, as in Google's code
+    has lost may be kept again, by |w|, at later updates. They get no gradients, as in Google's code
     (aqt); with `straight_through` they do. Every weight's pattern must be NByM.
 
     Attributes:
-      updates: when masks are chosen again.
+      updates: when masks are recomputed.
       straight_through: whether pruned weights get gradients.
     """
 
@@ -83,20 +94,20 @@ class StructureDecay(UnderMask):
     straight_through: bool = False
 
     @property
-    def dense_gradients(self) -> Need:
+    def dense_gradients(self) -> Need:  # type: ignore[override]  # nobody writes to it
         return Need.ALWAYS if self.straight_through else Need.NEVER
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        require_pattern(self, plan, NByM)
+        pattern_of_each(self, plan, NByM)
         return super().initial_masks(plan, weights, key)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         progress = self.updates.progress(update.step)
         kept = {
-            path: _Stages(layer.pattern)(progress) * (layer.units // layer.pattern.m)
-            for path, layer in plan.items()
+            path: _Stages(pattern)(progress) * (plan[path].units // pattern.m)
+            for path, pattern in pattern_of_each(self, plan, NByM).items()
         }
         return choose(plan, magnitudes(plan, update.weights), kept)
 
@@ -104,8 +115,8 @@ class StructureDecay(UnderMask):
         if updated is None:
             return dict.fromkeys(plan, 1.0)
         return {
-            path: value_after(_Stages(layer.pattern), self.updates, updated) / layer.pattern.m
-            for path, layer in plan.items()
+            path: value_after(_Stages(pattern), self.updates, updated) / pattern.m
+            for path, pattern in pattern_of_each(self, plan, NByM).items()
         }
 
     def gradients(self, plan: Plan, update: Update) -> Arrays:
@@ -119,13 +130,17 @@ class _Stages:
     pattern: NByM
 
     def __call__(self, progress: jax.Array) -> jax.Array:
-        turns = jnp.asarray(stages(self.pattern), jnp.int32)
-        turn = jnp.minimum((progress * len(turns)).astype(jnp.int32), len(turns) - 1)
-        return turns[turn]
+        kept = jnp.asarray(stages(self.pattern), jnp.int32)
+        stage = jnp.minimum((progress * len(kept)).astype(jnp.int32), len(kept) - 1)
+        return kept[stage]
 
 
 def stages(pattern: NByM) -> tuple[int, ...]:
-    """Weights that a group keeps, turn by turn: M-1, then halves of M down to N."""
+    """Weights that a group keeps in each stage: M-1, then M/2, M/4, ..., and N.
+
+    >>> stages(NByM(n=1, m=8))
+    (7, 4, 2, 1)
+    """
     halves = [pattern.m >> i for i in range(1, int(np.log2(pattern.m)) + 1)]
     between = [n for n in (pattern.m - 1, *halves) if n > pattern.n]
     return (*dict.fromkeys(between), pattern.n)

@@ -15,17 +15,18 @@ from t5x_sparsity.core.schedules import Cosine, UpdateSchedule, ValueSchedule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DropAndGrow(Algorithm):
-    """Keeps the number of active weights: at an update a fraction is dropped, as many are grown.
+    """An update drops a fraction of the active weights, and grows the same number of others.
 
-    Dropped are the active weights of smallest drop score, grown the others of largest grow score. A
-    weight just dropped may grow again, in which case it keeps its value. Others that grow start at
-    0, with zeroed optimizer slots.
+    The active weights of smallest drop score are dropped, and the others of largest grow score are
+    grown. A weight that has just been dropped may grow again, and then keeps its value. Others
+    start at 0, with zeroed optimizer slots.
 
     Attributes:
       updates: when masks change.
-      drop_fraction: the share of active weights that is swapped, over the progress of updates.
+      drop_fraction: the share of active weights that is swapped, in [0, 1], over the progress of
+        updates.
       take_gradient_step: whether an update step takes its gradient step too; if not, the mask
-        update takes its place.
+        update replaces it.
     """
 
     updates: UpdateSchedule
@@ -35,21 +36,21 @@ class DropAndGrow(Algorithm):
     masks_gradients = True
 
     @property
-    def replaces_gradient_step(self) -> bool:
+    def replaces_gradient_step(self) -> bool:  # type: ignore[override]  # nobody writes to it
         return not self.take_gradient_step
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        """At the target level: random, or the largest of trained weights."""
+        """Masks at the target level: random, or of the largest trained weights."""
         return choose(plan, start_scores(plan, weights, key))
 
     def drop_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        """float, the weights' shapes: the smallest among active weights go. Here |w|."""
+        """float, the weights' shapes: the smallest of active weights are dropped. Here |w|."""
         return magnitudes(plan, update.weights)
 
     def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        """float, the weights' shapes: the largest among the others grow. Here drawn at random."""
+        """float, the weights' shapes: the largest of the others are grown. Here random."""
         return random_scores(plan, update.key)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
@@ -70,7 +71,7 @@ def swap(
     drop_scores: Arrays,
     grow_scores: Arrays,
 ) -> dict[str, jax.Array]:
-    """Drops `fraction` of the `kept` active units of every slice, and grows as many."""
+    """Drops `fraction` of the `kept` active units of every slice, and grows the same number."""
     left = {p: kept[p] - jnp.round(fraction * jnp.float32(kept[p])).astype(jnp.int32) for p in plan}
     stay = choose(plan, drop_scores, left, where=masks, relaxed=True)
     return choose(plan, grow_scores, kept, keep=stay)
@@ -80,8 +81,12 @@ def swap(
 class RigL(DropAndGrow):
     """Grows where the gradient is largest (Evci et al. 2020, arXiv:1911.11134, section 3).
 
-    A mask update takes the place of the gradient step (Algorithm 1). The authors' code adds noise
-    of 1e-5 to |w| to break ties; here the lower index stays.
+    A mask update replaces the gradient step (Algorithm 1). The authors' code adds noise of 1e-5 to
+    |w| to break ties; here the lower index is kept.
+
+    >>> import t5x_sparsity as ts
+    >>> updates = ts.Periodic(begin=100, end=0.75, period=100, total_steps=10_000)
+    >>> algorithm = RigL(updates=updates, drop_fraction=ts.Cosine(initial=0.3))
     """
 
     take_gradient_step: bool = False
@@ -97,5 +102,5 @@ class SET(DropAndGrow):
     """Grows at random (Mocanu et al. 2018, arXiv:1707.04780, Algorithm 1).
 
     The paper prunes a fixed fraction of the smallest positive and the largest negative weights at
-    every epoch; here, as in later work, the smallest |w| go, at the schedule's steps.
+    every epoch. Here, as in later work, the smallest |w| are dropped at the schedule's steps.
     """

@@ -1,4 +1,4 @@
-"""Masks that never change: dense training by the same path, and a static random mask."""
+"""Masks that never change: dense training on the same code path, and a static mask."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from t5x_sparsity.core.schedules import Never
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static(Algorithm):
-    """A mask at the target level, kept throughout: random, or of the largest trained weights.
+    """A mask at the target level that never changes: random, or of the largest trained weights.
+
+    >>> algorithm = Static()
 
     Attributes:
-      updates: never; it says where the run starts.
+      updates: none; it only says where the run starts.
     """
 
     updates: Never = Never()
@@ -30,7 +32,7 @@ class Static(Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(Algorithm):
-    """No weight is pruned and no mask is stored: a dense run by the path of the sparse ones."""
+    """No weight is pruned and no mask is stored: a dense run on the code path of sparse runs."""
 
     updates = Never()
     is_dense = True

@@ -1,4 +1,4 @@
-"""From dense to sparse with one threshold over all layers."""
+"""Pruning from dense to sparse with one threshold over all layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from t5x_sparsity.algorithms.common import choices, choose, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.algorithms.lamp import lamp_masks
 from t5x_sparsity.algorithms.saliency import Saliency
-from t5x_sparsity.core.contract import LayerPlan, Plan, Update
+from t5x_sparsity.core.contract import Arrays, LayerPlan, Plan, Update
 from t5x_sparsity.core.exact_sums import ordered_sum
 from t5x_sparsity.core.selection import select_jointly
 from t5x_sparsity.core.stacking import map_stacked
@@ -24,22 +24,26 @@ NORMALIZATIONS = ("norm", "lamp", None)
 class GlobalMagnitude(GradualPruning):
     """Magnitude pruning with one threshold over all weights of the shared budget.
 
-    Weights whose rule gives them a level are pruned to it, each by itself.
+    Weights whose rule gives them a level are pruned to it separately. Each slice of a stack is a
+    layer.
 
-    Each slice of a stack is a layer.
+    >>> import t5x_sparsity as ts
+    >>> algorithm = GlobalMagnitude(updates=ts.OneShot(step=0), normalization="lamp")
 
     Attributes:
-      normalization: what scores are made comparable by. 'norm' divides by the layer's L2 norm of
-        scores + 1e-8; 'lamp' takes LAMP's scores in their place (Lee et al. 2021,
-        arXiv:2010.07611, section 3), which leave every layer at least a weight; None leaves them
-        raw.
+      normalization: how scores of layers are made comparable. 'norm' divides them by their L2 norm
+        over the layer + 1e-8; 'lamp' uses LAMP scores instead (Lee et al. 2021, arXiv:2010.07611,
+        section 3), which leave every layer at least one weight; None compares raw scores.
+
+    Raises:
+      ValueError: an unknown normalization.
     """
 
     normalization: str | None = "norm"
 
     is_global = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"normalization (NORMALIZATION) must be one of {NORMALIZATIONS}, got "
@@ -60,7 +64,7 @@ class GlobalMagnitude(GradualPruning):
         )
 
     def _comparable(self, layer: LayerPlan, scores: jax.Array, masks: jax.Array) -> jax.Array:
-        """Of a stack of weights; what is pruned counts for nothing in a norm."""
+        """Scores of a stack of weights, comparable among layers; pruned weights count as 0."""
         scores = jnp.where(masks, scores, jnp.zeros((), scores.dtype))
         if self.normalization != "norm":
             return scores
@@ -71,29 +75,28 @@ class GlobalMagnitude(GradualPruning):
 class GlobalSaliency(GlobalMagnitude, Saliency):
     """`Saliency` with one threshold over all weights.
 
-    With one update, the first step's, it is SNIP (Lee et al. 2018, arXiv:1810.02340, Algorithm 1),
-    but for its division by the sum of all scores, which moves no weight.
+    With a single update at the first step it is SNIP (Lee et al. 2018, arXiv:1810.02340,
+    Algorithm 1), except for the division by the sum of all scores, which changes no mask.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         GlobalMagnitude.__post_init__(self)
         Saliency.__post_init__(self)
 
 
 def _over_norm(scores: jax.Array, layer: LayerPlan) -> jax.Array:
-    free = [a for a in range(scores.ndim) if a not in layer.stack_axes]
     scores = scores.astype(jnp.float32)
-    return scores / (jnp.sqrt(ordered_sum(jnp.square(scores), free)) + 1e-8)
+    return scores / (jnp.sqrt(ordered_sum(jnp.square(scores), layer.free_axes)) + 1e-8)
 
 
-def total_kept(plan: Plan, kept) -> Count:
-    """Weights of all slices together, of the layers whose level is not fixed by their pattern."""
+def total_kept(plan: Plan, kept: Arrays) -> Count:
+    """Kept weights of all slices together, of layers whose pattern fixes no level."""
     total = Count.of(0)
     for path, layer in plan.items():
         if layer.pattern.fixed_level is None:
             size, rest = divmod(layer.slice_size, layer.units)
             weights = kept[path] * size
-            if rest:  # blocks at a ragged edge are smaller
+            if rest:  # blocks at the edge of a weight are smaller
                 share = jnp.float32(kept[path]) / layer.units
                 weights = jnp.round(share * layer.slice_size).astype(jnp.int32)
             total = total + Count.of(weights).times(layer.slices)

@@ -1,4 +1,4 @@
-"""From dense to sparse, layer by layer: the weights of smallest score go, along a schedule."""
+"""Pruning from dense to sparse along a schedule, each layer to its own target."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedul
 class GradualPruning(Algorithm):
     """An update takes its gradient step, then keeps the active weights of largest score.
 
-    Masks start dense, and a pruned weight stays pruned. The optimizer's momentum of pruned weights
-    runs on.
+    Masks start dense, and a pruned weight stays pruned. The optimizer keeps its momentum.
 
     Attributes:
-      updates: when masks change; `OneShot` prunes at once.
-      level: the share of each layer's target sparsity, over the progress of updates.
+      updates: when masks change; `OneShot` prunes in one update.
+      level: the share of each layer's target sparsity, in [0, 1], over the progress of updates.
     """
 
     updates: UpdateSchedule
     level: ValueSchedule = Polynomial(initial=0.0, final=1.0, power=3.0)
 
     def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        """float, the weights' shapes: the largest stay. Here |w|."""
+        """float, the weights' shapes: the largest are kept. Here |w|."""
         return magnitudes(plan, update.weights)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
-        # of pruned weights the optimizer has just moved some off 0: they are no candidates
+        # pruned weights are no candidates; the optimizer may just have moved them off 0
         return choose(plan, self.scores(plan, update), kept, where=update.masks)
 
     def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
@@ -42,12 +41,16 @@ class GradualPruning(Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Magnitude(GradualPruning):
-    """Gradual magnitude pruning (Zhu & Gupta 2017, arXiv:1710.01878, section 3)."""
+    """Gradual magnitude pruning (Zhu & Gupta 2017, arXiv:1710.01878, section 3).
+
+    >>> import t5x_sparsity as ts
+    >>> algorithm = Magnitude(updates=ts.Periodic(begin=500, end=4000, period=100))
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomPruning(GradualPruning):
-    """The weights that go are drawn at random: the baseline of the others."""
+    """Prunes weights at random: the baseline for the other scores."""
 
     def scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         return random_scores(plan, update.key)

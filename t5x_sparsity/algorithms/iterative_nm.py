@@ -1,4 +1,4 @@
-"""From dense to N:M by way of unstructured sparsity."""
+"""Pruning from dense to N:M through unstructured sparsity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.common import choose, require_pattern, scheduled_kept
+from t5x_sparsity.algorithms.common import choose, pattern_of_each, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.core.contract import Arrays, Plan, Update
 from t5x_sparsity.core.patterns import NByM
@@ -14,17 +14,17 @@ from t5x_sparsity.core.patterns import NByM
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IterativeNM(GradualPruning):
-    """Ramps to N:M with the winners of every group kept ahead of all other weights.
+    """Ramps to N:M; the n largest weights of every group are never pruned.
 
-    The other weights go by |w|, anywhere in a slice, until none but the winners are left. After
-    JaxPruner's extension of the name (Lee et al. 2023, arXiv:2304.14082), which fails when called.
-    Every weight's pattern must be NByM.
+    Other weights are pruned by |w|, anywhere in a slice, until only those n per group are left.
+    Named after an extension of JaxPruner (Lee et al. 2023, arXiv:2304.14082), which fails when
+    called. Every weight's pattern must be NByM.
     """
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        require_pattern(self, plan, NByM)
+        pattern_of_each(self, plan, NByM)
         return super().initial_masks(plan, weights, key)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow
+from t5x_sparsity.core.checks import check_not_negative
 from t5x_sparsity.core.contract import Need, Plan, Update
 
 
@@ -15,24 +16,24 @@ from t5x_sparsity.core.contract import Need, Plan, Update
 class MEST(DropAndGrow):
     """Drops by |w| + gradient_weight |g|, grows at random (Yuan et al. 2021, arXiv:2110.14032).
 
-    The paper's elastic mutation: the share that is swapped falls over training. g is the gradient
-    of the update's own step. The authors' released code leaves the gradient's weight at 0, which is
-    SET; the paper's soft memory bound, more weights than the target between updates, is not here.
+    The paper's elastic mutation: the share that is swapped decreases over training. g is the
+    gradient of the update's step. The authors' released code leaves the gradient's weight at 0,
+    which is SET. The paper's soft memory bound, which has more weights than the target between
+    updates, is not implemented.
 
     Attributes:
-      gradient_weight: of |g| in the score, not negative.
+      gradient_weight: of |g| in the score, at least 0.
+
+    Raises:
+      ValueError: a negative gradient_weight.
     """
 
     gradient_weight: float = 0.01
 
-    dense_gradients = Need.NEVER  # of active weights alone
+    dense_gradients = Need.NEVER  # only those of active weights
 
-    def __post_init__(self):
-        if not self.gradient_weight >= 0:
-            raise ValueError(
-                f"gradient_weight (GRADIENT_WEIGHT) must not be negative, got "
-                f"{self.gradient_weight!r}"
-            )
+    def __post_init__(self) -> None:
+        check_not_negative("gradient_weight (GRADIENT_WEIGHT)", self.gradient_weight)
 
     def drop_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         return {

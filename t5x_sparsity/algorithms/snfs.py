@@ -1,4 +1,4 @@
-"""Sparse networks from scratch: grow by the momentum of dense gradients."""
+"""Sparse networks from scratch: growth by the momentum of dense gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.common import magnitudes
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow
+from t5x_sparsity.core.checks import check_share
 from t5x_sparsity.core.contract import Arrays, Need, Plan, Slots, Update
 
 
@@ -17,30 +18,31 @@ class SNFS(DropAndGrow):
     """Sparse networks from scratch: grows where the momentum of the gradient is largest.
 
     Dettmers & Zettlemoyer 2019, arXiv:1907.04840, section 3. m <- momentum m + (1 - momentum) g is
-    kept dense, a float32 array a weight, apart from the optimizer's. The paper also moves weights
-    between layers, by their mean momentum; here, as in RigL's comparison, every layer keeps its
-    number.
+    stored dense, one float32 per weight, separately from the optimizer's momentum. The paper also
+    moves weights between layers, by their mean momentum. Here, as in RigL's comparison, the number
+    of weights of each layer is constant.
 
     Attributes:
       momentum: of the running mean, in [0, 1).
+
+    Raises:
+      ValueError: a momentum out of range.
     """
 
     momentum: float = 0.9
 
     dense_gradients = Need.ALWAYS
 
-    def __post_init__(self):
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum (MOMENTUM) must be in [0, 1), got {self.momentum!r}")
+    def __post_init__(self) -> None:
+        check_share("momentum (MOMENTUM)", self.momentum, closed=False)
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
-        del weights, masks
         return {"momentum": {p: jnp.zeros(x.shape, jnp.float32) for p, x in plan.items()}}
 
     def observe(self, plan: Plan, update: Update) -> Slots:
-        def moved(mean, grad):
+        def moved(mean: jax.Array, grad: jax.Array) -> jax.Array:
             grad = grad.astype(jnp.float32)
-            # one gradient that is not finite would stay in the mean for good
+            # a single gradient that is not finite would stay in the mean forever
             grad = jnp.where(jnp.isfinite(grad), grad, mean)
             return self.momentum * mean + (1 - self.momentum) * grad
 

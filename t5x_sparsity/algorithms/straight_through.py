@@ -1,4 +1,4 @@
-"""Dense weights trained under a mask, through gradients at the masked weights."""
+"""Dense weights trained under a mask, with the gradients at the masked weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
+from t5x_sparsity.core.checks import check_not_negative
 from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Need, Plan, Update
 from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule, value_after
 
@@ -18,7 +19,6 @@ class UnderMask(Algorithm):
     dense_gradients = Need.ALWAYS
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
-        del plan, masks
         # copies: a train loop may donate the weights and this state together
         return {DENSE: {p: jnp.array(w, copy=True) for p, w in weights.items()}}
 
@@ -30,8 +30,8 @@ class StraightThrough(UnderMask):
     Bengio et al. 2013, arXiv:1308.3432, section 4; for masks, Mallya et al. 2018, arXiv:1801.06519.
 
     Attributes:
-      updates: when masks are chosen again.
-      level: the share of each layer's target sparsity, over the progress of updates.
+      updates: when masks are recomputed.
+      level: the share of each layer's target sparsity, in [0, 1], over the progress of updates.
     """
 
     updates: UpdateSchedule
@@ -39,7 +39,6 @@ class StraightThrough(UnderMask):
 
     def scores(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
         """float, the weights' shapes: the largest are kept. Here |w|."""
-        del key
         return magnitudes(plan, weights)
 
     def initial_masks(
@@ -59,12 +58,16 @@ class StraightThrough(UnderMask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MagnitudeSTE(StraightThrough):
-    """Straight-through training under the mask of the largest |w|."""
+    """Straight-through training under the mask of the largest |w|.
+
+    >>> import t5x_sparsity as ts
+    >>> algorithm = MagnitudeSTE(updates=ts.Periodic(begin=0, end=5000, period=10))
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomSTE(StraightThrough):
-    """Straight-through training under masks drawn at random, a new one at every update."""
+    """Straight-through training under random masks, drawn at every update."""
 
     def scores(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
         return start_scores(plan, weights, key)
@@ -74,19 +77,21 @@ class RandomSTE(StraightThrough):
 class SRSTE(StraightThrough):
     """Sparse-refined straight-through training (Zhou et al. 2021, arXiv:2102.04010, section 3.2).
 
-    The gradient of pruned weights has decay * w added, which takes them towards 0 and so steadies
-    the mask: g + decay (1 - M) w. It is part of the gradient, and passes through the optimizer's
-    momentum and scaling as the authors' code has it. Meant for N:M; any pattern goes.
+    The gradient of pruned weights is g + decay * w, which moves them towards 0, so that fewer
+    weights enter and leave the mask. The term is part of the gradient: as in the authors' code, the
+    optimizer's momentum and scaling apply to it. Proposed for N:M; any pattern works.
 
     Attributes:
-      decay: lambda of the paper, not negative.
+      decay: lambda of the paper, at least 0.
+
+    Raises:
+      ValueError: a negative decay.
     """
 
     decay: float = 2e-4
 
-    def __post_init__(self):
-        if not self.decay >= 0:
-            raise ValueError(f"decay (PRUNED_WEIGHT_DECAY) must not be negative, got {self.decay}")
+    def __post_init__(self) -> None:
+        check_not_negative("decay (PRUNED_WEIGHT_DECAY)", self.decay)
 
     def gradients(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
         return {

@@ -1,4 +1,4 @@
-"""Top-KAST: a sparse forward pass, and gradients for a somewhat larger set of weights."""
+"""Top-KAST: a sparse forward pass, and gradients for a larger set of weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept
 from t5x_sparsity.algorithms.straight_through import UnderMask
 from t5x_sparsity.core import packing
+from t5x_sparsity.core.checks import check_not_negative
 from t5x_sparsity.core.contract import DENSE, Arrays, Need, Plan, Slots, Update
 from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule
 from t5x_sparsity.core.stacking import pack_stacked
@@ -22,17 +23,23 @@ class TopKAST(UnderMask):
     """Always-sparse training (Jayakumar et al. 2021, arXiv:2106.03517, section 2).
 
     The forward pass uses A, the weights of largest |w| at the target level; gradients go to B, the
-    largest at a lower level, so that weights of B may enter A. A penalty of regularizer w^2 / 2 on
-    A, and of regularizer w^2 / (2 density) on B without A, joins the loss, which keeps weights
-    outside A from creeping in; it is the L2 form of the paper's, whose formula has |w| in its
-    place. The last update sets B to A: exploration ends. Weights outside B get no gradient; what
-    the optimizer adds by itself, momentum or weight decay, reaches them.
+    largest at a lower level, so that weights of B may enter A. A penalty is added to the loss:
+    regularizer w^2 / 2 on A, and regularizer w^2 / (2 density) on B without A, which makes it
+    harder for weights outside A to enter it. It is the L2 form of the paper's penalty, whose
+    formula has |w|. The last update sets B to A: exploration ends. Weights outside B get no
+    gradient, but the optimizer's momentum and weight decay still change them.
+
+    >>> import t5x_sparsity as ts
+    >>> algorithm = TopKAST(updates=ts.Periodic(begin=0, end=0.75, period=100, total_steps=5000))
 
     Attributes:
-      updates: when A and B are chosen again.
-      backward: the share of each layer's target sparsity that B has, over the progress of updates.
-        0.625 of a sparsity of 0.8 is 0.5.
-      regularizer: strength of the penalty, not negative.
+      updates: when A and B are recomputed.
+      backward: the share of each layer's target sparsity that B has, in [0, 1], over the progress
+        of updates. 0.625 of a sparsity of 0.8 is 0.5.
+      regularizer: strength of the penalty, at least 0.
+
+    Raises:
+      ValueError: a negative regularizer.
     """
 
     updates: UpdateSchedule
@@ -41,23 +48,21 @@ class TopKAST(UnderMask):
 
     dense_gradients = Need.NEVER
 
-    def __post_init__(self):
-        if not self.regularizer >= 0:
-            raise ValueError(
-                f"regularizer (REGULARIZER) must not be negative, got {self.regularizer!r}"
-            )
+    def __post_init__(self) -> None:
+        check_not_negative("regularizer (REGULARIZER)", self.regularizer)
 
     def initial_masks(
         self, plan: Plan, weights: Arrays, key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        del key
         return choose(plan, magnitudes(plan, weights))
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
         chosen = self._backward(plan, weights, masks, jnp.float32(0))
         return {**super().initial_slots(plan, weights, masks), _BACKWARD: chosen}
 
-    def _backward(self, plan: Plan, weights: Arrays, masks: Arrays, progress) -> Arrays:
+    def _backward(
+        self, plan: Plan, weights: Arrays, masks: Arrays, progress: jax.Array
+    ) -> dict[str, jax.Array]:
         """B, stored as masks are."""
         share = jnp.where(progress >= 1, jnp.float32(1), self.backward(progress))
         chosen = choose(plan, magnitudes(plan, weights), scheduled_kept(plan, share), keep=masks)

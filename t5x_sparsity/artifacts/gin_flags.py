@@ -1,4 +1,4 @@
-"""Gin bindings on a command line. Imports the standard library alone, as help needs no more."""
+"""Gin bindings on a command line. Imports the standard library alone, so that help is quick."""
 
 from __future__ import annotations
 

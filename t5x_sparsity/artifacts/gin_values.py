@@ -1,4 +1,4 @@
-"""Gin text by itself, without the names that it refers to."""
+"""Gin text alone, without the objects that its names refer to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gin import config_parser
 
 
 class AsWritten(config_parser.ParserDelegate):
-    """Takes every name for one that is there; references stay what they are in the text."""
+    """Takes every name as known; references stay as they are in the text."""
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
         return _Verbatim(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
@@ -61,7 +61,7 @@ def macros_in(text: str) -> dict[str, str]:
     """
     pieces: list[str] = []
     for line in text.splitlines(keepends=True):
-        # gin indents all of a statement but its first line; each statement is parsed alone
+        # gin indents all lines of a statement but the first; each statement is parsed alone
         if not line[0].isspace() or not pieces:
             pieces.append("")
         pieces[-1] += line

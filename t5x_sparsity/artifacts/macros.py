@@ -13,8 +13,7 @@ from gin import config_parser
 
 from t5x_sparsity.artifacts.gin_values import AsWritten, is_macro
 
-# Of a run file's macros, and of T5X's, those that say most about a run; all others are of less
-# interest beside the macros of sparsity.
+# The macros of T5X and of run files that say most about a run, next to those of sparsity.
 OF_A_RUN = (
     "TRAIN_STEPS",
     "BATCH_SIZE",

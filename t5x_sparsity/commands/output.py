@@ -1,4 +1,4 @@
-"""How commands write pages, and show that they are at work."""
+"""How commands write pages, and show their progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from t5x_sparsity.commands import CommandError
 
 
 def generator(command: str) -> str:
-    """The tag by which a page of a command is known as one."""
+    """The tag that marks a page as made by a command."""
     return f'<meta name="generator" content="t5x-sparsity {command}">'
 
 
@@ -50,10 +50,10 @@ def check_page(path: str, flag: str, command: str) -> epath.Path:
 
 def write_page(out: epath.Path, page: str, flag: str) -> None:
     """Writes all of the page or nothing."""
-    # of this process alone, and nobody's own file
+    # a name that no other process and no user has
     draft = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        # what was read may hold half a character, which UTF-8 has no bytes for
+        # text that was read may hold half of a surrogate pair, which UTF-8 can't encode
         draft.write_text(page.encode(errors="replace").decode(), encoding="utf-8")
         draft.replace(out)
     except BaseException as e:
@@ -75,9 +75,9 @@ def spinner(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def status(what: str) -> Iterator[Callable[[str], None] | None]:
-    """Shows a spinner on a terminal; gives what changes its text, None where there is no terminal.
+    """Shows a spinner on standard error; yields a function that changes its text.
 
-    It is written to standard error.
+    Yields None where standard error is no terminal.
     """
     if not _is_terminal():
         yield None
@@ -90,7 +90,7 @@ def status(what: str) -> Iterator[Callable[[str], None] | None]:
 
 @contextlib.contextmanager
 def progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Shows on a terminal how much of `size` bytes is done; gives what is to be told of more."""
+    """Shows on a terminal how much of `size` bytes is done; yields what is to be told of more."""
     if not _is_terminal():
         yield lambda n: None
         return

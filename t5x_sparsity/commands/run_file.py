@@ -23,7 +23,8 @@ from t5x_sparsity.t5x import SparseTrainStateInitializer
 
 # Stand-ins: a plan needs no folder, and making a task may read data.
 _NO_MODEL_DIR, _NO_TASK = "no_model_dir", "no_task"
-# gin computes what is bound even where the caller gives another value; this one may read data.
+# Of a bound reference, gin computes the value even where the caller gives another. This one may
+# read data.
 _REFERENCES = "t5x_sparsity.sparse_trainer.reference_losses"
 
 
@@ -190,22 +191,16 @@ def _bound(name: str) -> Any:
 
 
 def _with_defaults(signature: inspect.Signature, captured: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {
-        name: p.default
-        for name, p in signature.parameters.items()
-        if p.default is not inspect.Parameter.empty
-    }
-    missing = [
-        name
-        for name in ("model", "partitioner", "trainer_cls", "train_dataset_cfg", "total_steps")
-        if captured.get(name, defaults.get(name)) is None
-    ]
+    bound = signature.bind_partial(**captured)
+    bound.apply_defaults()
+    needed = ("model", "partitioner", "trainer_cls", "train_dataset_cfg", "total_steps")
+    missing = [name for name in needed if bound.arguments.get(name) is None]
     if missing:
         raise CommandError(
             f"the gin files bind no {', '.join(f'train.{n}' for n in missing)}; give a run file, "
             "such as T5X's 't5x/configs/runs/pretrain.gin' after a model's"
         )
-    return {"random_seed": None, **defaults, **captured}
+    return {"random_seed": None, **bound.arguments}
 
 
 def _batch(model: Any, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:

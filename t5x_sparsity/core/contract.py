@@ -1,10 +1,10 @@
 """The contract of an algorithm, and the pieces that several share.
 
-An algorithm is a frozen dataclass of configuration with pure functions: which masks a run starts
-with, what they become at an update step and, for the few that need it, what they remember, which
-gradients the optimizer sees and which weights the forward pass. All see all of the algorithm's
-weights at once, as dicts keyed by path, so that a global method is as easy as a per-layer one and
-all weights share one search.
+An algorithm is a frozen dataclass of configuration with pure functions. They say which masks a run
+starts with and what an update makes of them. A few algorithms also say what they remember, which
+gradients the optimizer sees, and which weights the forward pass sees. Each function gets all of the
+algorithm's weights at once, as dicts by path, so that a global method is as easy to write as a
+per-layer one and all weights share one search.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from t5x_sparsity.core.matrix_axes import matrix_axes
 from t5x_sparsity.core.packing import packed_shape
-from t5x_sparsity.core.patterns import Pattern
-from t5x_sparsity.core.schedules import UpdateSchedule
+from t5x_sparsity.core.patterns import Pattern, free_axes
+from t5x_sparsity.core.schedules import StepValue, UpdateSchedule
+from t5x_sparsity.core.trees import Arrays as Arrays
 
-Arrays = Mapping[str, jax.Array]
 Slots = Mapping[str, Arrays]
 
 # The name of the slot that holds dense weights under a mask: the optimizer updates these.
@@ -38,12 +38,12 @@ class LayerPlan:
       path: keys to the weight, joined by '/'.
       shape: of the whole weight, stacked axes included.
       axes: logical axis names, None where unknown.
-      stack_axes: axes along which slices (layers, experts) are sparsified apart.
-      pattern: the shape its zeros come in.
+      stack_axes: axes along which slices (layers, experts) are sparsified separately.
+      pattern: the shape that its zeros come in.
       sparsity: target level of every slice, in [0, 1].
-      pack_axis: axis its mask is packed along, None for a byte a weight.
-      algorithm: what decides on its mask; None where a plan is used without one.
-      in_budget: whether its level is a share of the run's, and not one of its own.
+      pack_axis: axis along which its mask is packed, None for one byte per weight.
+      algorithm: what decides on its mask; None where a plan is made without one.
+      in_budget: whether its level comes from the run's budget, not from a rule or its pattern.
     """
 
     path: str
@@ -57,14 +57,20 @@ class LayerPlan:
     in_budget: bool = False
 
     @property
+    def free_axes(self) -> list[int]:
+        """The axes that are not stacked."""
+        return free_axes(len(self.shape), self.stack_axes)
+
+    @property
     def slice_shape(self) -> tuple[int, ...]:
-        return tuple(n for a, n in enumerate(self.shape) if a not in self.stack_axes)
+        """The shape of one slice, in which masks are chosen: stacked axes are left out."""
+        return tuple(self.shape[a] for a in self.free_axes)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """`slice_shape`, with heads and their width as the one dim they are to a matrix product."""
-        free = [a for a in range(len(self.shape)) if a not in self.stack_axes]
-        names = [self.axes[a] if a < len(self.axes or ()) else None for a in free]
+        """`slice_shape` with heads and their width as one dim, as a matrix product has them."""
+        axes = self.axes or ()
+        names = [axes[a] if a < len(axes) else None for a in self.free_axes]
         dims = list(self.slice_shape)
         for i in reversed(range(len(dims) - 1)):
             if names[i : i + 2] == ["heads", "kv"]:
@@ -73,24 +79,27 @@ class LayerPlan:
 
     @property
     def output_axes(self) -> tuple[int, ...]:
-        """The axes of the whole weight that tell its output neurons apart: the last, or two."""
+        """The axes of the whole weight that index its output neurons: the last, or heads x kv."""
         return matrix_axes(len(self.shape), self.stack_axes, self.axes).outputs
 
     @property
     def slice_size(self) -> int:
+        """Weights of a slice."""
         return math.prod(self.slice_shape)
 
     @property
     def size(self) -> int:
+        """Weights in all."""
         return math.prod(self.shape)
 
     @property
     def slices(self) -> int:
+        """How many slices there are."""
         return math.prod(self.shape[a] for a in self.stack_axes)
 
     @property
     def units(self) -> int:
-        """Units of a slice: weights, or what the pattern prunes together."""
+        """Units of a slice: weights, or groups that the pattern prunes together."""
         return self.pattern.units(self.slice_shape)
 
     @property
@@ -100,11 +109,12 @@ class LayerPlan:
 
     @property
     def level(self) -> float:
-        """The sparsity that `kept` comes to, in [0, 1]."""
+        """The sparsity with exactly `kept` units, in [0, 1]; `sparsity` before rounding."""
         return 1 - self.kept / self.units
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
+        """The shape of the stored mask."""
         return packed_shape(self.shape, self.pack_axis)
 
 
@@ -112,19 +122,19 @@ Plan = Mapping[str, LayerPlan]
 
 
 class Update(NamedTuple):
-    """What an algorithm may look at in a train step; all dicts hold its own sparse weights only.
+    """What an algorithm sees in a train step; all dicts hold its own sparse weights only.
 
     Attributes:
       step: int32 scalar, the train step.
-      weights: as the optimizer has them; at a mask update after this step's gradient step, if it
-        takes one. Weights that a mask prunes need not be 0 here.
+      weights: as the optimizer has them: at a mask update, after this step's gradient step if there
+        is one. Weights that a mask prunes need not be 0 here.
       grads: dense gradients of the loss at `forward_weights`.
-      masks: bool, the weights' shapes; True where kept.
-      key: a threefry key of this step's own.
+      masks: bool, the weights' shapes.
+      key: a threefry key, another one at every step.
       forward_weights: those that the forward pass used.
-      slots: what the algorithm remembers: name -> path -> array, as `initial_slots` laid it out.
-      optimizer_state: the base optimizer's, a pytree, as of `weights`.
-      paths: of all weights of the model, other algorithms' and dense ones too.
+      slots: what the algorithm remembers: name -> path -> array, as from `initial_slots`.
+      optimizer_state: the base optimizer's, a pytree, at the time of `weights`.
+      paths: of all weights of the model, including other algorithms' and dense ones.
     """
 
     step: jax.Array
@@ -132,14 +142,14 @@ class Update(NamedTuple):
     grads: Arrays
     masks: Arrays
     key: jax.Array
-    forward_weights: Arrays | None = None
+    forward_weights: Arrays = {}
     slots: Slots = {}
     optimizer_state: Any = None
     paths: tuple[str, ...] = ()
 
 
 class Need(enum.Enum):
-    """When gradients of pruned weights must be computed, for the count of FLOPs."""
+    """When gradients of pruned weights must be computed; FLOPs are counted by it."""
 
     NEVER = "no"
     AT_UPDATES = "at updates"
@@ -147,9 +157,28 @@ class Need(enum.Enum):
 
 
 class Algorithm:
-    """The contract of an algorithm. The defaults are those of a mask that starts, and stays, dense.
+    """The contract of an algorithm. By default masks start, and stay, dense.
 
-    A new one is a frozen dataclass that derives from this, with `updates` and `update_masks`.
+    A new algorithm is a frozen dataclass that derives from this, with `updates` and `update_masks`:
+
+    >>> import dataclasses, jax, jax.numpy as jnp, optax, t5x_sparsity as ts
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class LargestMovement(ts.Algorithm):
+    ...     '''Keeps the weights that grow: those of largest -w g.'''
+    ...
+    ...     updates: ts.OneShot
+    ...     masks_gradients = True
+    ...
+    ...     def update_masks(self, plan, update):
+    ...         scores = {p: -w * update.grads[p] for p, w in update.weights.items()}
+    ...         return ts.algorithms.choose(plan, scores)
+    >>> tx = ts.sparsify(optax.sgd(0.1), LargestMovement(updates=ts.OneShot(step=0)), sparsity=0.5)
+    >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 4.0]])}
+    >>> grads = {"w": jnp.array([[-1.0, -1.0], [1.0, -1.0]])}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates)["w"])
+    [[1.1 0. ]
+     [0.  4.1]]
 
     Attributes:
       updates: when masks change.
@@ -172,61 +201,58 @@ class Algorithm:
     ) -> dict[str, jax.Array]:
         """The masks a run starts with: bool, the weights' shapes.
 
-        key is None where the weights are trained ones, of a dense checkpoint; an algorithm that
-        starts with random masks then starts with those of the largest weights (`start_scores`).
+        key is None where the weights come from a trained, dense checkpoint. An algorithm that would
+        start with random masks then keeps the largest weights (`start_scores`).
         """
-        del weights, key
         return dense_masks(plan)
 
     def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
-        """The masks after an update step."""
-        del plan
+        """The masks after an update step: bool, the weights' shapes."""
         return dict(update.masks)
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
-        """Arrays to remember, by name and path; each of its weight's shape or of its stored mask's.
+        """Arrays to remember: name -> path -> array, of the weight's or its stored mask's shape.
 
-        A slot named 'dense' holds weights that live on under the mask: the optimizer updates them,
-        and the model sees what `forward` makes of them.
+        A slot named 'dense' holds dense weights under the mask: the optimizer updates these, and
+        the model sees what `forward` makes of them.
         """
-        del plan, weights, masks
         return {}
 
     def observe(self, plan: Plan, update: Update) -> Slots:
-        """The slots after the gradients of any step are known, before the gradient step."""
-        del plan
+        """The slots after the gradients of a step, any step, and before its gradient step."""
         return update.slots
 
     def gradients(self, plan: Plan, update: Update) -> Arrays:
         """The gradients that the optimizer sees."""
-        del plan
         if not self.masks_gradients:
             return update.grads
         return prune(update.grads, update.masks)
 
     def update_slots(self, plan: Plan, update: Update) -> Slots:
-        """The slots after a mask update; update.masks are the new ones."""
-        del plan
+        """The slots after a mask update; `update.masks` are the new ones."""
         return update.slots
 
     def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:
-        """Of which weights a mask update zeroes the optimizer's slots: bool, by path."""
-        del before, after
+        """Where a mask update zeroes the optimizer's slots: bool, by path, the weights' shapes.
+
+        Args:
+          before: the masks before the update.
+          after: the masks after it.
+        """
         return {}
 
     def forward(
-        self, plan: Plan, weights: Arrays, masks: Arrays, step: jax.Array
+        self, plan: Plan, weights: Arrays, masks: Arrays, step: StepValue
     ) -> dict[str, jax.Array]:
         """The weights that the model sees at `step`: pruned ones are exactly 0."""
-        del plan, step
         return prune(weights, masks)
 
     def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
         """The share of each weight that its mask keeps after the update at step `updated`.
 
-        It is what FLOPs, target metrics and warnings of ramps go by; an algorithm whose level
-        changes over a run overrides it, next to `update_masks`. Here the target level throughout.
-        Of neurons or layers that share a number by their scores, it is the even share.
+        FLOPs, target metrics and warnings about ramps are computed from it. An algorithm whose
+        level changes over a run overrides it, next to `update_masks`; here it is the target level
+        throughout. Where scores decide how neurons or layers share a number, it is the even share.
 
         Args:
           plan: of the weights that this algorithm decides on.
@@ -235,18 +261,17 @@ class Algorithm:
         Returns:
           path -> a Python float in [0, 1].
         """
-        del updated
         return {path: 1 - layer.level for path, layer in plan.items()}
 
     def densities(self, density: float, step: int) -> tuple[float, float]:
-        """The shares of a weight's entries that a train step computes with, each in [0, 1].
+        """The shares of a weight that a train step computes with, each in [0, 1].
 
         Args:
-          density: the share that the mask keeps.
+          density: the share that the mask keeps, in [0, 1].
           step: the train step, on the host.
 
         Returns:
-          That of the forward pass, and that of the weight's own gradient.
+          The share used by the forward pass, and the share of the weight's gradient computed.
         """
         needed = self.dense_gradients is Need.ALWAYS or (
             self.dense_gradients is Need.AT_UPDATES and bool(self.updates.is_update(step))
@@ -255,7 +280,12 @@ class Algorithm:
 
 
 def prune(arrays: Arrays, masks: Arrays) -> dict[str, jax.Array]:
-    """The arrays with 0 where the mask prunes; a product would keep NaN alive."""
+    """The arrays with 0 where the mask prunes.
+
+    >>> print(prune({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"])
+    [1. 0.]
+    """
+    # not a product with the mask, which would keep NaN
     return {p: jnp.where(masks[p], x, jnp.zeros((), x.dtype)) for p, x in arrays.items()}
 
 

@@ -1,4 +1,4 @@
-"""How a total sparsity is shared among layers."""
+"""How layers share a total sparsity."""
 
 from __future__ import annotations
 
@@ -9,21 +9,35 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def uniform(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
-    """Every layer at the same sparsity."""
-    del weights
+    """Every layer at the same sparsity.
+
+    >>> uniform({"wi": (8, 32), "wo": (32, 32)}, 0.5, {"wi": 256, "wo": 1024})
+    {'wi': 0.5, 'wo': 0.5}
+
+    Args:
+      shapes: path -> shape of a slice.
+      sparsity: of all weights together, in [0, 1].
+      weights: path -> weights of all slices.
+    """
     return {path: sparsity for path in shapes}
 
 
 def er(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
-    """Erdos-Renyi: density ~ (a + b) / (a b) over a layer's last two dims.
+    """Erdos-Renyi: density proportional to (a + b) / (a b), of a layer's last two dims.
 
     Mocanu et al. 2018, arXiv:1707.04780; as used by Evci et al. 2020, arXiv:1911.11134, section 3.
+    Arguments as of `uniform`.
     """
     return _scaled({p: _sum_over_product(s[-2:]) for p, s in shapes.items()}, sparsity, weights)
 
 
 def erk(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: `er` over all dims (Evci et al. 2020, arXiv:1911.11134, section 3)."""
+    """Erdos-Renyi-Kernel: `er` over all dims (Evci et al. 2020, arXiv:1911.11134, section 3).
+
+    >>> levels = erk({"wi": (8, 32), "wo": (32, 32)}, 0.75, {"wi": 256, "wo": 1024})
+    >>> {path: round(level, 3) for path, level in levels.items()}
+    {'wi': 0.519, 'wo': 0.808}
+    """
     return _scaled({p: _sum_over_product(s) for p, s in shapes.items()}, sparsity, weights)
 
 
@@ -46,13 +60,16 @@ def check_distribution(name: str) -> None:
 def distribute(
     name: str, shapes: Shapes, sparsity: float, slices: Mapping[str, int] | None = None
 ) -> dict[str, float]:
-    """Returns each layer's sparsity so that the total over all of them is `sparsity`.
+    """The sparsity of each layer, in [0, 1], such that the total over all of them is `sparsity`.
+
+    >>> distribute("uniform", {"wi": (8, 32), "wo": (32, 32)}, 0.5)
+    {'wi': 0.5, 'wo': 0.5}
 
     Args:
       name: 'uniform', 'er' or 'erk'.
-      shapes: path -> shape of one slice of the layer, stacked dims taken out.
+      shapes: path -> shape of one slice of the layer, without stacked dims.
       sparsity: of all these weights together, in [0, 1].
-      slices: path -> how many slices the layer is a stack of; every slice gets the same sparsity.
+      slices: path -> slices of the layer, 1 where it is missing; all get the same sparsity.
 
     Raises:
       ValueError: an unknown name.
@@ -70,10 +87,10 @@ def _sum_over_product(dims: Sequence[int]) -> float:
 def _scaled(
     raw: Mapping[str, float], sparsity: float, weights: Mapping[str, int]
 ) -> dict[str, float]:
-    """density = eps raw, with eps such that the total comes out, and no density above 1.
+    """density = eps raw, with eps such that the total is right, and no density above 1.
 
-    A layer whose density would pass 1 is dense, together with all that tie with it, and eps is
-    solved again for the rest.
+    A layer whose density would be above 1 is dense, together with all that tie with it, and eps is
+    recomputed for the rest.
     """
     budget = (1 - sparsity) * sum(weights.values())
     left = sorted(raw, key=lambda p: -raw[p])

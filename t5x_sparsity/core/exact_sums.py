@@ -1,8 +1,9 @@
-"""Sums that come out the same bit for bit in whatever order they are taken.
+"""Sums that are the same, bit for bit, in any order of their terms.
 
-A float sum depends on its order, and under a mesh the order depends on the mesh. Scores that are
-sums, of a block, a channel or a layer, would then tie or not by chance, and masks would differ.
-Here the terms are rounded to 30 bits below the largest one and added as integers.
+The result of a float sum depends on the order of its terms, and under a mesh the order depends on
+the mesh. Scores that are sums over a block, a channel or a layer would tie on one mesh and not on
+another, and masks would differ. Here terms are rounded to 30 bits below the largest term and added
+as integers.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-BITS = 30  # of a term, below the largest one of its sum
+BITS = 30  # per term, below the largest term of its sum
 _DIGIT = 10
-_DIGITS = 7  # 30 bits of a term and 40 of their number
-# so many digits add up within an int32
+_DIGITS = 7  # for 30 bits per term and 2**40 terms
+# so many digits have a sum that fits an int32
 _TERMS = 1 << (31 - _DIGIT)
 
 
 def fixed_point(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """Rounds non-negative floats to integers below 2**30, with one power of two a sum.
+    """Rounds non-negative floats to integers below 2**30, with one power of two per sum.
 
     Args:
       x: float, finite and not negative.
-      axes: those that are to be summed.
+      axes: those over which `integer_sum` will sum.
 
     Returns:
-      int32 of x's shape, and the int32 exponent (axes kept, of length 1): x is about
+      int32 of x's shape, and the int32 exponent, `axes` being of length 1: x is approximately
       integer * 2**exponent.
     """
     x = x.astype(jnp.float32)
@@ -38,7 +39,13 @@ def fixed_point(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array
 
 
 def integer_sum(fixed: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The exact sum of non-negative int32 below 2**30, rounded to float32 once; axes are kept."""
+    """The exact sum of non-negative int32 below 2**30 over `axes`, rounded to float32 once.
+
+    The axes stay, of length 1.
+
+    Raises:
+      ValueError: more than 2**21 entries along one axis.
+    """
     digits = [(fixed >> (_DIGIT * i)) & ((1 << _DIGIT) - 1) for i in range(BITS // _DIGIT)]
     sizes = {a: fixed.shape[a] for a in axes}
     together = math.prod(sizes.values()) <= _TERMS
@@ -57,10 +64,14 @@ def integer_sum(fixed: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def ordered_sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The float32 sum of |x| over `axes`, which are kept, of length 1.
+    """The float32 sum of |x| over `axes`, which stay, of length 1.
 
-    Terms below 2**-30 of the largest count as 0. A sum with a NaN in it is NaN, else one with an
-    infinity is infinite.
+    Terms below 2**-30 of the largest count as 0. A sum with a NaN term is NaN; otherwise one with
+    an infinite term is infinite.
+
+    >>> print(ordered_sum(jnp.array([[1.0, -2.0], [3.0, 0.5]]), axes=(1,)))
+    [[3. ]
+     [3.5]]
     """
     x = jnp.abs(x.astype(jnp.float32))
     axes = tuple(axes)

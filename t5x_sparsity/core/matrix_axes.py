@@ -1,4 +1,4 @@
-"""Which axes of a weight are the rows and which the columns of its matrices."""
+"""Which axes of a weight are the rows, and which the columns, of its matrices."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixAxes:
-    """How a weight is a stack of matrices; all are axes of the whole weight, ascending.
+    """The axes of a weight that is a stack of matrices, each ascending.
 
     Attributes:
       stack: axes of the stack.
-      inputs: axes that are a matrix's rows, together.
-      outputs: axes that are its columns, together.
+      inputs: axes that together are the rows of a matrix.
+      outputs: axes that together are its columns.
     """
 
     stack: tuple[int, ...]
@@ -24,12 +24,15 @@ class MatrixAxes:
 def matrix_axes(
     ndim: int, stack_axes: Sequence[int] = (), names: Sequence[str | None] | None = None
 ) -> MatrixAxes:
-    """The axes of a weight as those of matrices: the outputs are the last axis, or heads x kv.
+    """Which axes of a weight are inputs and outputs: the last is the output, or heads x kv.
+
+    >>> matrix_axes(3, names=("embed", "heads", "kv"))
+    MatrixAxes(stack=(), inputs=(0,), outputs=(1, 2))
 
     Args:
       ndim: axes of the weight.
       stack_axes: axes along which it is a stack of slices.
-      names: logical names of its axes, None where they are not known.
+      names: logical names of its axes, None where unknown.
     """
     free = [a for a in range(ndim) if a not in stack_axes]
     last = [names[a] for a in free[-2:]] if names is not None and len(names) == ndim else []

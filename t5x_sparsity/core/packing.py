@@ -1,29 +1,31 @@
-"""How a mask is stored, applied and counted.
+"""How a mask is stored and applied.
 
-A mask is True where the weight is kept. It is stored as uint8, eight weights a byte along one axis,
-the first in the lowest bit; every other axis is left as it is, so that the stored mask takes its
-weight's PartitionSpec. Where no axis packs evenly under the usual shardings, it is stored a byte a
-weight. Which axis it is follows from the weight's shape and logical names alone, never from the
-mesh, and can be read back from the two shapes.
+A mask is stored as uint8, eight weights per byte along one axis, the first in the lowest bit. Every
+other axis is unchanged, so that the stored mask takes its weight's PartitionSpec. Where no axis
+packs evenly under the usual shardings, it is stored with one byte per weight. The axis depends on
+the weight's shape and logical names alone, never on the mesh, and can be read off the two shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-# A packed axis must still split this many ways, whatever the weight's mesh axis.
+from t5x_sparsity.core.trees import Arrays
+
+# A packed axis must still split into this many shards, whatever the weight's mesh axis.
 _USUAL_SHARDS = 8
 
 
 def pack_axis(shape: Sequence[int], stack_axes: Sequence[int] = ()) -> int | None:
-    """The axis along which a mask of this shape is packed, None for a byte a weight.
+    """The axis along which a mask of this shape is packed, None for one byte per weight.
 
-    An inner axis is the last resort: unpacking it would shuffle vector lanes. Of the others, the
-    one whose packed length has the largest power of two in it, since meshes are powers of two; of
-    several, the last: of an attention kernel's [heads, kv, embed], heads are split and kv is not.
+    The last axis is the last resort, because unpacking it would shuffle vector lanes. Of the others
+    it is the one whose packed length is divisible by the largest power of two, since meshes are
+    powers of two. Of several such axes it is the last: of an attention kernel [heads, kv, embed],
+    heads are sharded and kv is not.
     """
 
     def ways(axis: int) -> int:
@@ -40,12 +42,20 @@ def pack_axis(shape: Sequence[int], stack_axes: Sequence[int] = ()) -> int | Non
 
 
 def packed_shape(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:
-    """Shape of the stored mask."""
+    """The shape of the stored mask of a weight of this shape."""
     return tuple(n // 8 if a == axis else n for a, n in enumerate(shape))
 
 
 def pack(mask: jax.Array, axis: int | None) -> jax.Array:
-    """bool mask -> uint8, an eighth as long along `axis`; a byte a weight where axis is None."""
+    """bool mask -> uint8, an eighth as long along `axis`; one byte per weight where it is None.
+
+    >>> mask = jnp.arange(16).reshape(8, 2) % 5 == 0
+    >>> stored = pack(mask, axis=0)
+    >>> print(stored)  # bits 0 and 5 of the first column, 2 and 7 of the second
+    [[ 33 132]]
+    >>> bool((unpack(stored, (8, 2)) == mask).all())
+    True
+    """
     if axis is None:
         return mask.astype(jnp.uint8)
     shape = mask.shape
@@ -54,7 +64,7 @@ def pack(mask: jax.Array, axis: int | None) -> jax.Array:
 
 
 def unpack(packed: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Stored mask -> bool mask of the weight's `shape`.
+    """Stored mask -> bool mask of the weight's `shape`; the inverse of `pack`.
 
     Raises:
       ValueError: the stored mask does not belong to a weight of that shape.
@@ -64,12 +74,16 @@ def unpack(packed: jax.Array, shape: Sequence[int]) -> jax.Array:
     if axis is None:
         return packed != 0
     shifts = _shifts(packed.ndim + 1, axis)
-    bits = (jnp.expand_dims(packed, axis + 1) >> shifts) & jnp.uint8(1)
+    bits: jax.Array = (jnp.expand_dims(packed, axis + 1) >> shifts) & jnp.uint8(1)
     return (bits != 0).reshape(shape)
 
 
 def stored_axis(packed_shape: Sequence[int], shape: Sequence[int]) -> int | None:
-    """The axis a stored mask is packed along, read off the two shapes."""
+    """The axis along which a stored mask is packed, None where it is not.
+
+    Raises:
+      ValueError: the shapes don't belong together.
+    """
     packed_shape, shape = tuple(packed_shape), tuple(shape)
     if packed_shape == shape:
         return None
@@ -89,8 +103,8 @@ def _shifts(ndim: int, axis: int) -> jax.Array:
     )
 
 
-def apply(arrays: Mapping[str, jax.Array], stored: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Zeroes what the stored masks prune; arrays without a mask pass through."""
+def apply(arrays: Arrays, stored: Arrays) -> dict[str, jax.Array]:
+    """The arrays with 0 where the stored masks prune; those without a mask are unchanged."""
     return {
         path: jnp.where(unpack(stored[path], x.shape), x, jnp.zeros((), x.dtype))
         if path in stored

@@ -1,4 +1,4 @@
-"""From rules, shapes and logical axes to one `LayerPlan` a sparse weight."""
+"""From rules, shapes and logical axes to one `LayerPlan` per sparse weight."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.core import distributions, packing
+from t5x_sparsity.core.checks import check_share
 from t5x_sparsity.core.contract import Algorithm, LayerPlan, Plan
 from t5x_sparsity.core.patterns import Pattern, Unstructured
 from t5x_sparsity.core.schedules import UpdateSchedule
@@ -19,10 +21,10 @@ from t5x_sparsity.core.schedules import UpdateSchedule
 STACKED_AXES = frozenset({"layers", "stack", "expert", "experts"})
 
 # Weights that stay dense unless a rule says otherwise: embeddings, logits, relative-position
-# biases, routers. Matched against the lower-cased path.
+# biases, routers. Searched for in the lower-cased path.
 DENSE_BY_DEFAULT = r"embed|logits|relpos|rel_bias|relative_attention_bias|router"
 
-# What EMBEDDING_SPARSITY applies to.
+# The paths that EMBEDDING_SPARSITY applies to.
 _EMBEDDINGS = r"(?i)embed"
 _NOT_EMBEDDINGS = r"(?i)rel_embed|relpos|relative_embed|rel_bias|relative_attention_bias"
 
@@ -31,17 +33,29 @@ AUTO = "auto"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What applies to the weights whose path matches; the first rule that matches wins.
+    """Level, pattern and algorithm of the weights whose path matches; the first match wins.
+
+    >>> import jax, t5x_sparsity as ts
+    >>> shapes = {p: jax.ShapeDtypeStruct((64, 64), "float32") for p in ("attention/out", "mlp/wi")}
+    >>> rules = [Rule(path="^mlp/", pattern=ts.NByM(n=2, m=4)), Rule(path="out$", sparsity=None)]
+    >>> plan = make_plan(shapes, sparsity=0.9, rules=rules)
+    >>> {path: layer.sparsity for path, layer in plan.items()}
+    {'mlp/wi': 0.5}
 
     Attributes:
       path: regular expression, searched for in a weight's path, e.g. 'encoder/.*/mlp/'.
-      sparsity: the weights' own level in [0, 1], outside the shared budget; None leaves them dense;
-        'auto' is 1 - sqrt(1 - SPARSITY), the level of embeddings; 'shared' puts them in the budget.
-      pattern: the shape their zeros come in; None takes the run's pattern. A pattern of a fixed
-        level, such as 2:4, has that level and stays outside the budget.
-      algorithm: what decides on their masks, with schedules of its own; None takes the run's.
-      stack_axes: logical names of axes along which slices are sparsified apart, such as 'heads',
-        beside STACKED_AXES.
+      sparsity: level of these weights, in [0, 1], outside the shared budget; None leaves them
+        dense; 'auto' is 1 - sqrt(1 - SPARSITY), the level of embeddings; 'shared' puts them in the
+        budget.
+      pattern: the shape that their zeros come in; None takes the run's pattern. A pattern of a
+        fixed level, such as 2:4, has that level and stays outside the budget.
+      algorithm: what decides on their masks, with its own schedules; None takes the run's.
+      stack_axes: logical names of axes along which slices are sparsified separately, such as
+        'heads', in addition to STACKED_AXES.
+
+    Raises:
+      ValueError: a path that is no regular expression, a level out of range, arguments that
+        contradict each other.
     """
 
     path: str
@@ -50,7 +64,7 @@ class Rule:
     algorithm: Algorithm | None = None
     stack_axes: Sequence[str] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.stack_axes, str):
             raise ValueError(
                 f"stack_axes of the rule for {self.path!r} must be a list of logical axis names, "
@@ -76,17 +90,12 @@ class Rule:
                 )
 
 
-def check_level(value, name: str, *, closed: bool = False) -> None:
+def check_level(value: object, name: str, *, closed: bool = False) -> None:
     """Raises ValueError unless value is a number in [0, 1), or [0, 1] where `closed`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or (value == 1 and not closed):
-        raise ValueError(
-            f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}; 0.9 means "
-            "that 90% of the weights are zero"
-        )
+    check_share(name, value, closed=closed, hint="0.9 means that 90% of the weights are zero")
 
 
-def check_embedding_level(value) -> None:
+def check_embedding_level(value: object) -> None:
     """Raises ValueError unless value is a level in [0, 1), 'auto' or None."""
     if value not in (None, AUTO):
         check_level(value, "embedding_sparsity (EMBEDDING_SPARSITY), unless 'auto' or None,")
@@ -101,24 +110,31 @@ def make_plan(
     algorithm: Algorithm | None = None,
     rules: Sequence[Rule] = (),
     embedding_sparsity: float | str | None = None,
-    axes: Mapping[str, Sequence[str | None]] | None = None,
+    axes: Mapping[str, Sequence[str | None] | None] | None = None,
     pack_masks: bool = True,
 ) -> dict[str, LayerPlan]:
-    """Returns the plan of every sparse weight, by path, in path order.
+    """The plan of every sparse weight, by path, in path order.
 
-    Without a rule of its own, a weight takes part if it has two or more unstacked dims and is no
+    A weight that no rule matches is sparse if it has two or more unstacked dims and is not an
     embedding, logits kernel, relative-position bias or router.
+
+    >>> shapes = {"mlp/wi": (64, 256), "mlp/wo": (256, 64), "norm/scale": (64,)}
+    >>> plan = make_plan(
+    ...     {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()}, sparsity=0.75
+    ... )
+    >>> {path: (layer.kept, layer.mask_shape) for path, layer in plan.items()}
+    {'mlp/wi': (4096, (8, 256)), 'mlp/wo': (4096, (32, 64))}
 
     Args:
       shapes: path -> anything with `.shape` and `.dtype`.
-      sparsity: of all weights in the shared budget together, in [0, 1).
-      distribution: how that is shared: 'uniform', 'er', 'erk'.
-      pattern: the shape zeros come in, where no rule says otherwise. None: Unstructured.
+      sparsity: the share of zeros among all weights in the shared budget, in [0, 1).
+      distribution: how layers share it: 'uniform', 'er', 'erk'.
+      pattern: the shape that zeros come in, where no rule says otherwise. None: Unstructured.
       algorithm: what decides on masks, where no rule says otherwise.
       rules: the first that matches a path wins.
       embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
-      axes: path -> logical names of the weight's axes; STACKED_AXES among them are stacks.
-      pack_masks: store eight weights a byte where a weight's shape allows.
+      axes: path -> logical names of the weight's axes; those in STACKED_AXES are stacked.
+      pack_masks: store eight weights per byte where a weight's shape allows.
 
     Raises:
       ValueError: a level out of range, an unknown distribution, a rule that matches no weight, a
@@ -136,13 +152,15 @@ def make_plan(
     shared: dict[str, LayerPlan] = {}
     for path in sorted(eligible):
         shape = tuple(eligible[path].shape)
-        names = tuple(axes[path]) if axes.get(path) is not None else None
+        given = axes.get(path)
+        names = None if given is None else tuple(given)
         if len(names or ()) > len(shape):
             raise ValueError(
                 f"weight {path!r} has shape {shape} but logical axes {names}; give one name an axis"
             )
         stack_axes = tuple(a for a, n in enumerate(names or ()) if n in STACKED_AXES)
         rule = matched.get(path)
+        level: float | str | None
         own_algorithm = algorithm
         if rule is not None:
             level, own_pattern = rule.sparsity, rule.pattern or pattern
@@ -208,8 +226,10 @@ def make_plan(
     return {path: layers[path] for path in sorted(layers)}
 
 
-def _rule_stacks(rule: Rule, path: str, names, stack_axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The stacked axes of a weight with those that its rule names."""
+def _rule_stacks(
+    rule: Rule, path: str, names: Sequence[str | None] | None, stack_axes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The stacked axes of a weight, including those that its rule names."""
     missing = [n for n in rule.stack_axes if n not in (names or ())]
     if missing:
         raise ValueError(
@@ -220,7 +240,7 @@ def _rule_stacks(rule: Rule, path: str, names, stack_axes: tuple[int, ...]) -> t
     return tuple(sorted({*stack_axes, *own}))
 
 
-def _can_be_sparse(x) -> bool:
+def _can_be_sparse(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) and 0 not in x.shape
 
 
@@ -248,19 +268,27 @@ def _match(rules: Sequence[Rule], shapes: Mapping[str, object]) -> dict[str, Rul
 
 
 def by_algorithm(plan: Plan) -> list[tuple[Algorithm, Plan]]:
-    """The plan in parts: each algorithm, with the plan of the weights that it decides on."""
-    parts: list[tuple[Algorithm, dict]] = []
+    """The plan in parts: each algorithm, with the plan of the weights that it decides on.
+
+    Raises:
+      ValueError: a weight whose plan has no algorithm.
+    """
+    parts: list[tuple[Algorithm, dict[str, LayerPlan]]] = []
     for path, layer in plan.items():
+        if layer.algorithm is None:
+            raise ValueError(
+                f"the plan of {path!r} has no algorithm; pass make_plan's argument algorithm"
+            )
         part = next((p for algorithm, p in parts if algorithm == layer.algorithm), None)
         if part is None:
             part = {}
             parts.append((layer.algorithm, part))
         part[path] = layer
-    return parts
+    return [*parts]
 
 
 def update_schedules(plan: Plan) -> list[UpdateSchedule]:
-    """The schedules by which masks of the plan change, each once."""
+    """The schedules by which masks of the plan change; equal ones once."""
     found: list[UpdateSchedule] = []
     for algorithm, _ in by_algorithm(plan):
         if algorithm.updates.last is not None and algorithm.updates not in found:

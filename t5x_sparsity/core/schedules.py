@@ -1,8 +1,8 @@
 """When masks change, to which level, and how much of a mask is swapped.
 
-Steps are 0-based: the update at step t is made by the train step that turns `state.step` t into
+Steps are 0-based: the update at step t is made by the train step that takes `state.step` from t to
 t + 1. Every function takes a Python integer or a traced one, so that the host picks the compiled
-step from the very rule that the step itself follows.
+step by the same rule that the step itself follows.
 """
 
 from __future__ import annotations
@@ -16,30 +16,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_sparsity.core.checks import check_integer, check_positive, check_share
+
+# A train step: an integer on the host, or an int32 array, which may be traced.
+StepValue = int | jax.Array
+
 
 class UpdateSchedule(Protocol):
-    """The steps at which masks are updated."""
+    """The steps at which masks are updated. A schedule is hashable, and equal to one like it."""
 
-    def is_update(self, step):
-        """Whether masks change at `step`: bool, or a traced bool for a traced step."""
+    def is_update(self, step: StepValue) -> bool | jax.Array:
+        """Whether masks change at `step`: bool, or a bool array for an array."""
 
-    def progress(self, step):
+    def progress(self, step: StepValue) -> jax.Array:
         """The share of the way from the first update to the last, in [0, 1]; 1 at the last."""
 
-    def until_next(self, step):
-        """Steps from a traced `step` to the next update: 0 at one, 2**30 after the last."""
+    def until_next(self, step: jax.Array) -> jax.Array:
+        """Steps from `step` to the next update, int32: 0 at an update, 2**30 after the last."""
 
     @property
     def last(self) -> int | None:
         """The step of the last update, None if there is none."""
 
+    def __hash__(self) -> int: ...
 
-# Steps until an update that never comes.
+
+# Steps to the next update where there is none.
 _NEVER = np.int32(2**30)
 
 
 def last_update(updates: UpdateSchedule, step: int, since: int = 0) -> int | None:
-    """The last update among the steps from `since` up to, and without, `step`; on the host."""
+    """The last update in [since, step), None if there is none; on the host."""
     if updates.last is None:
         return None
     first = max(since, getattr(updates, "begin", 0))
@@ -50,9 +57,19 @@ def last_update(updates: UpdateSchedule, step: int, since: int = 0) -> int | Non
 def resolve_step(
     value: int | float, total_steps: int | None, name: str, start_step: int = 0
 ) -> int:
-    """An int is a step; a float in [0, 1] is a share of a run's steps, 1.0 the last step.
+    """The step that a configured value stands for.
 
-    The run has the steps from `start_step`, where it begins, up to `total_steps`.
+    >>> resolve_step(300, None, "begin"), resolve_step(0.75, 1000, "end")
+    (300, 750)
+
+    Args:
+      value: an int is a step; a float in [0, 1] is a share of the run, 1.0 its last step.
+      total_steps: the step at which the run ends; needed for a share.
+      name: of the value, for errors.
+      start_step: the step at which the run begins.
+
+    Raises:
+      ValueError: a value that is neither, or a share without the run's steps.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(
@@ -80,22 +97,31 @@ def resolve_step(
     return min(start_step + round(value * (total_steps - start_step)), max(total_steps - 1, 0))
 
 
-def _check_start_step(value) -> None:
+def _check_start_step(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"start_step must be a step, an integer of at least 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Periodic:
-    """Updates at begin, begin + period, ... and at end, where the grid misses it.
+    """Updates at begin, begin + period, ..., and at end even where it is not one of these.
+
+    >>> updates = Periodic(begin=2, end=9, period=3)
+    >>> [step for step in range(12) if updates.is_update(step)]
+    [2, 5, 8, 9]
+    >>> Periodic(begin=0, end=0.75, period=100, total_steps=10_000).last
+    7500
 
     Attributes:
       begin: first update step, an int >= 0, or a float in [0, 1]: a share of the run.
       end: last update step, likewise.
-      period: steps from one update to the next, >= 1.
+      period: steps from one update to the next, an int >= 1.
       total_steps: the step at which the run ends; needed where begin or end is a share.
-      start_step: the step at which the run starts: above 0 where it goes on from a checkpoint of
+      start_step: the step at which the run starts: above 0 where it continues from a checkpoint of
         another run. Shares are of the steps from here on, and no update comes before.
+
+    Raises:
+      ValueError: an argument out of range, a share without total_steps, end before begin.
     """
 
     begin: int | float
@@ -104,7 +130,7 @@ class Periodic:
     total_steps: int | None = None
     start_step: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         start = self.start_step
         _check_start_step(start)
         begin = resolve_step(self.begin, self.total_steps, "begin (MASK_UPDATE_BEGIN)", start)
@@ -115,10 +141,7 @@ class Periodic:
                 "MASK_UPDATE_END to a later step, or to a share of the run"
             )
         begin = max(begin, start)
-        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
-            raise ValueError(
-                f"period (MASK_UPDATE_PERIOD) must be an integer of at least 1, got {self.period!r}"
-            )
+        check_integer("period (MASK_UPDATE_PERIOD)", self.period, least=1)
         if end < begin:
             raise ValueError(
                 f"mask updates would end at step {end} before they begin at step {begin}; set "
@@ -129,56 +152,73 @@ class Periodic:
 
     @property
     def last(self) -> int:
-        return self.end
+        return int(self.end)  # an int since __post_init__
 
-    def is_update(self, step):
+    def is_update(self, step: StepValue) -> bool | jax.Array:
         on_grid = (
             (self.begin <= step) & (step <= self.end) & ((step - self.begin) % self.period == 0)
         )
         return on_grid | (step == self.end)
 
-    def progress(self, step):
-        return _progress(step, self.begin, self.end)
+    def progress(self, step: StepValue) -> jax.Array:
+        return _progress(step, int(self.begin), self.last)
 
-    def until_next(self, step):
+    def until_next(self, step: jax.Array) -> jax.Array:
         on_grid = jnp.maximum(-(-(step - self.begin) // self.period), 0) * self.period + self.begin
         return jnp.where(step <= self.end, jnp.minimum(on_grid, self.end) - step, _NEVER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneShot:
-    """A single update at `step`: an int, or a float share of the run, as for `Periodic`."""
+    """A single update.
+
+    >>> updates = OneShot(step=0.5, total_steps=1000)
+    >>> updates.last, updates.is_update(499), updates.is_update(500)
+    (500, False, True)
+
+    Attributes:
+      step: of the update, an int >= 0, or a float in [0, 1]: a share of the run.
+      total_steps: as for `Periodic`.
+      start_step: as for `Periodic`.
+    """
 
     step: int | float
     total_steps: int | None = None
     start_step: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_start_step(self.start_step)
         step = resolve_step(self.step, self.total_steps, "step", self.start_step)
         object.__setattr__(self, "step", step)
 
     @property
     def last(self) -> int:
-        return self.step
+        return int(self.step)  # an int since __post_init__
 
-    def is_update(self, step):
+    def is_update(self, step: StepValue) -> bool | jax.Array:
         return step == self.step
 
-    def progress(self, step):
-        return _progress(step, self.step, self.step)
+    def progress(self, step: StepValue) -> jax.Array:
+        return _progress(step, self.last, self.last)
 
-    def until_next(self, step):
+    def until_next(self, step: jax.Array) -> jax.Array:
         return jnp.where(step <= self.step, self.step - step, _NEVER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listed:
-    """Updates at the listed steps: ints >= 0, strictly increasing."""
+    """Updates at listed steps.
+
+    >>> Listed(steps=[0, 10, 100]).is_update(10)
+    True
+
+    Attributes:
+      steps: ints >= 0, strictly increasing, at least one.
+    """
 
     steps: Sequence[int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         steps = tuple(resolve_step(s, None, "steps") for s in self.steps)
         if not steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"steps must be a non-empty, increasing list, got {self.steps!r}")
@@ -188,22 +228,25 @@ class Listed:
     def last(self) -> int:
         return self.steps[-1]
 
-    def is_update(self, step):
+    def is_update(self, step: StepValue) -> bool | jax.Array:
         if isinstance(step, int):
             return step in self.steps
         return jnp.any(jnp.asarray(self.steps, jnp.int32) == step)
 
-    def progress(self, step):
+    def progress(self, step: StepValue) -> jax.Array:
         return _progress(step, self.steps[0], self.steps[-1])
 
-    def until_next(self, step):
+    def until_next(self, step: jax.Array) -> jax.Array:
         ahead = jnp.asarray(self.steps, jnp.int32) - step
         return jnp.min(jnp.where(ahead >= 0, ahead, _NEVER))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Never:
-    """Masks stay as they start.
+    """No updates: masks stay as they start.
+
+    >>> Never().last is None
+    True
 
     Attributes:
       start_step: the step at which the run starts, as for `Periodic`.
@@ -211,24 +254,25 @@ class Never:
 
     start_step: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_start_step(self.start_step)
 
     @property
     def last(self) -> None:
         return None
 
-    def is_update(self, step):
+    def is_update(self, step: StepValue) -> bool | jax.Array:
         return False if isinstance(step, int) else jnp.zeros(jnp.shape(step), bool)
 
-    def progress(self, step):
-        return jnp.float32(1)
+    def progress(self, step: StepValue) -> jax.Array:
+        done: jax.Array = jnp.float32(1)
+        return done
 
-    def until_next(self, step):
+    def until_next(self, step: jax.Array) -> jax.Array:
         return jnp.full(jnp.shape(step), _NEVER)
 
 
-def _progress(step, begin: int, end: int) -> jax.Array:
+def _progress(step: StepValue, begin: int, end: int) -> jax.Array:
     share = (jnp.asarray(step, jnp.int32) - begin).astype(jnp.float32) / np.float32(
         max(end - begin, 1)
     )
@@ -236,20 +280,29 @@ def _progress(step, begin: int, end: int) -> jax.Array:
 
 
 class ValueSchedule(Protocol):
-    """A number that follows the progress of mask updates."""
+    """A number over the progress of mask updates, hashable as an `UpdateSchedule` is."""
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         """The float32 value at `progress` in [0, 1]."""
 
+    def __hash__(self) -> int: ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The same value throughout, in [0, 1]."""
+    """The same value throughout.
+
+    >>> float(Constant(value=0.5)(jnp.float32(0.3)))
+    0.5
+
+    Attributes:
+      value: in [0, 1].
+    """
 
     value: float
 
-    def __post_init__(self):
-        _check_share("Constant.value", self.value)
+    def __post_init__(self) -> None:
+        check_share("Constant.value", self.value)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         return jnp.full(jnp.shape(progress), self.value, jnp.float32)
@@ -260,36 +313,53 @@ class Polynomial:
     """final + (initial - final) (1 - progress)^power; power 1 is linear.
 
     With power 3, from 0 to 1, it is the level of gradual magnitude pruning (Zhu & Gupta 2017,
-    arXiv:1710.01878, section 3). initial and final are in [0, 1].
+    arXiv:1710.01878, section 3).
+
+    >>> level = Polynomial(initial=0.0, final=1.0, power=3.0)
+    >>> [float(level(jnp.float32(progress))) for progress in (0, 0.5, 1)]
+    [0.0, 0.875, 1.0]
+
+    Attributes:
+      initial: value at progress 0, in [0, 1].
+      final: value at progress 1, in [0, 1].
+      power: above 0.
     """
 
     initial: float = 0.0
     final: float = 1.0
     power: float = 3.0
 
-    def __post_init__(self):
-        _check_share("Polynomial.initial", self.initial)
-        _check_share("Polynomial.final", self.final)
-        if self.power <= 0:
-            raise ValueError(f"power must be above 0, got {self.power}")
+    def __post_init__(self) -> None:
+        check_share("Polynomial.initial", self.initial)
+        check_share("Polynomial.final", self.final)
+        check_positive("Polynomial.power", self.power)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
-        return self.final + (self.initial - self.final) * (1 - progress) ** self.power
+        left: jax.Array = (1 - progress) ** self.power
+        return self.final + (self.initial - self.final) * left
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """final + (initial - final) (1 + cos(pi progress)) / 2; both in [0, 1].
+    """final + (initial - final) (1 + cos(pi progress)) / 2.
 
     With final 0 it is the drop fraction of RigL (Evci et al. 2020, arXiv:1911.11134, section 3).
+
+    >>> fraction = Cosine(initial=0.3)
+    >>> [round(float(fraction(jnp.float32(progress))), 4) for progress in (0, 0.5, 1)]
+    [0.3, 0.15, 0.0]
+
+    Attributes:
+      initial: value at progress 0, in [0, 1].
+      final: value at progress 1, in [0, 1].
     """
 
     initial: float
     final: float = 0.0
 
-    def __post_init__(self):
-        _check_share("Cosine.initial", self.initial)
-        _check_share("Cosine.final", self.final)
+    def __post_init__(self) -> None:
+        check_share("Cosine.initial", self.initial)
+        check_share("Cosine.final", self.final)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         half = (1 + jnp.cos(np.float32(np.pi) * progress)) / 2
@@ -299,20 +369,26 @@ class Cosine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exponential:
-    """final + (initial - final) exp(-rate progress), and final at progress 1; both in [0, 1].
+    """final + (initial - final) exp(-rate progress), and final at progress 1.
 
-    rate is above 0; at a rate of 5 the value has come within 1% of final before it is set to it.
+    >>> fraction = Exponential(initial=1.0, final=0.0)
+    >>> [round(float(fraction(jnp.float32(progress))), 4) for progress in (0, 0.5, 1)]
+    [1.0, 0.0821, 0.0]
+
+    Attributes:
+      initial: value at progress 0, in [0, 1].
+      final: value at progress 1, in [0, 1].
+      rate: above 0; at a rate of 5 only 1% of the way is left when progress reaches 1.
     """
 
     initial: float = 1.0
     final: float = 0.0
     rate: float = 5.0
 
-    def __post_init__(self):
-        _check_share("Exponential.initial", self.initial)
-        _check_share("Exponential.final", self.final)
-        if self.rate <= 0:
-            raise ValueError(f"Exponential.rate must be above 0, got {self.rate}")
+    def __post_init__(self) -> None:
+        check_share("Exponential.initial", self.initial)
+        check_share("Exponential.final", self.final)
+        check_positive("Exponential.rate", self.rate)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         value = self.final + (self.initial - self.final) * jnp.exp(
@@ -323,13 +399,8 @@ class Exponential:
 
 @functools.lru_cache(maxsize=4096)
 def value_after(value: ValueSchedule, updates: UpdateSchedule, updated: int | None) -> float:
-    """The value that holds after the update at step `updated`, on the host; None: before the first.
+    """The value after the update at step `updated`, or before the first where it is None.
 
-    It is computed by what a train step computes it by, on a device, and so is remembered.
+    On the host. A device computes it, exactly as a train step does, and so it is cached.
     """
     return float(value(jnp.float32(0) if updated is None else updates.progress(updated)))
-
-
-def _check_share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")

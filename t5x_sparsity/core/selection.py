@@ -1,16 +1,16 @@
-"""Which units of every weight are kept: the largest by score, chosen for all weights at once."""
+"""Chooses the units of every weight that are kept: those of largest score, for all at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.core import topk
-from t5x_sparsity.core.patterns import Pattern, free_axes
+from t5x_sparsity.core.patterns import Pattern, free_axes, is_ranked
 from t5x_sparsity.core.stacking import equal_keys
 
 
@@ -18,14 +18,14 @@ class Choice(NamedTuple):
     """One weight's part in a selection.
 
     Attributes:
-      pattern: the shape its zeros come in.
+      pattern: the shape that its zeros come in.
       scores: float, the weight's shape.
-      k: units to keep per slice: an int, a traced scalar, or a number a slice.
-      stack_axes: axes along which slices are chosen apart.
+      k: units to keep per slice: an int, a traced scalar, or one number per slice.
+      stack_axes: axes along which slices are chosen separately.
       where: bool, the weight's shape; only these may be chosen. None: all.
-      keep: bool, the weight's shape; these, whole units, are kept in any case and count towards k.
-      sharding: equal for weights that are sharded alike, which may then be searched as one stack; a
-        stack of others would move between devices. None: searched by itself.
+      keep: bool, the weight's shape; these, whole units, are always kept and count towards k.
+      sharding: equal for weights that are sharded alike, which may then be searched as one stack.
+        Weights sharded differently would be moved between devices. None: searched by itself.
     """
 
     pattern: Pattern
@@ -38,16 +38,24 @@ class Choice(NamedTuple):
 
 
 def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
-    """Returns for every weight the mask of what is kept, all weights in one search."""
+    """The mask of every weight, all found in one search.
+
+    Args:
+      choices: by path.
+
+    Returns:
+      path -> bool, the weight's shape.
+    """
     stacks = stack_alike(choices)
-    found = [None] * len(stacks)
-    ranked = [n for n, (_, c) in enumerate(stacks) if not c.pattern.searched]
+    found: dict[int, jax.Array] = {}
     searched = [n for n, (_, c) in enumerate(stacks) if c.pattern.searched]
+    ranked = [n for n in range(len(stacks)) if n not in searched]
     if ranked:
         scores = topk.materialize([stacks[n][1].scores for n in ranked])
         for n, once in zip(ranked, scores, strict=True):
             c = stacks[n][1]
-            found[n] = c.pattern.choose(once, c.k, c.keep, c.where, c.stack_axes)
+            if is_ranked(c.pattern):
+                found[n] = c.pattern.choose(once, c.k, c.keep, c.where, c.stack_axes)
     if searched:
         units = [_stack_parts(_pool(stacks[n][1])) for n in searched]
         missing = [_missing(choice) for choice in units]
@@ -60,8 +68,9 @@ def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
         for n, choice, mask in zip(searched, units, chosen, strict=True):
             mask = mask if choice.keep is None else mask | choice.keep
             found[n] = _expand(stacks[n][1], mask)
-    masks = {}
-    for (paths, _), mask in zip(stacks, found, strict=True):
+    masks: dict[str, jax.Array] = {}
+    for n, (paths, _) in enumerate(stacks):
+        mask = found[n]
         masks |= {paths[0]: mask} if len(paths) == 1 else {p: mask[i] for i, p in enumerate(paths)}
     return {path: masks[path] for path in choices}
 
@@ -69,14 +78,17 @@ def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
 def stack_alike(
     choices: Mapping[str, Choice], *, single: bool = False
 ) -> list[tuple[list[str], Choice]]:
-    """Choices that differ in their numbers only as one, along a new first axis, with their paths.
+    """Stacks choices that differ in values only, along a new first axis.
 
-    All choices share their passes over scores; stacks keep the compiled program small, however many
+    All choices share their passes over scores. Stacks keep the compiled program small, however many
     layers a model has.
 
     Args:
       choices: by path.
-      single: whether a choice like no other is a stack too, of one.
+      single: whether a choice without another like it becomes a stack of one.
+
+    Returns:
+      The paths of each stack, and the stack as one choice.
     """
 
     def key_of(c: Choice) -> Hashable | None:
@@ -103,27 +115,49 @@ def _stack(alike: list[Choice]) -> Choice:
         scores=jnp.stack([c.scores for c in alike]),
         k=k,
         stack_axes=(0, *(a + 1 for a in axes)),
-        where=None if first.where is None else jnp.stack([c.where for c in alike]),
-        keep=None if first.keep is None else jnp.stack([c.keep for c in alike]),
+        where=_stack_given([c.where for c in alike]),
+        keep=_stack_given([c.keep for c in alike]),
     )
 
 
-def select_jointly(
-    choices: Mapping[str, Choice], k: topk.Count | int, *, search: Callable | None = None
-) -> dict[str, jax.Array]:
-    """Returns the masks of the units of largest score over all weights together.
+def _stack_given(masks: Sequence[jax.Array | None]) -> jax.Array | None:
+    """The masks as one stack; None where they are None, as all are then."""
+    given = [mask for mask in masks if mask is not None]
+    return jnp.stack(given) if given else None
 
-    Units are taken until they hold `k` weights: exactly k where every weight is a unit, else up to
-    one unit more. Each choice's own k is ignored, but for weights of a fixed level, which have no
-    part in `k`: they are chosen for themselves.
+
+class JointSearch(Protocol):
+    """A search over all tensors together, such as `lamp.lamp_masks`."""
+
+    def __call__(
+        self,
+        scores: Sequence[jax.Array],
+        k: topk.Count | int | jax.Array,
+        *,
+        where: Sequence[jax.Array | None],
+        sizes: Sequence[jax.Array | int],
+        stack_axes: Sequence[Sequence[int]],
+        order: Sequence[Sequence[int]],
+    ) -> list[jax.Array]:
+        """The mask of each tensor."""
+
+
+def select_jointly(
+    choices: Mapping[str, Choice], k: topk.Count | int, *, search: JointSearch | None = None
+) -> dict[str, jax.Array]:
+    """The masks of the units of largest score over all weights together.
+
+    Units are taken until they hold `k` weights: exactly k where every weight is a unit, otherwise
+    up to one unit more. A choice's `k` is ignored, except for patterns of a fixed level: these
+    weights are chosen separately, and do not count towards `k`.
 
     Args:
       choices: by path; `keep` is not supported.
       k: how many weights to keep, of those without a fixed level.
-      search: what finds them, called as `lamp.lamp_masks` is. None: `topk.joint_top_k_masks`.
+      search: what finds them. None: `topk.joint_top_k_masks`.
 
     Raises:
-      ValueError: a pattern chooses within parts of a slice, and so has no one threshold.
+      ValueError: a pattern that chooses within parts of a slice, and so can't share one threshold.
     """
     masks = select_masks({p: c for p, c in choices.items() if c.pattern.fixed_level is not None})
     rest = {p: c for p, c in choices.items() if p not in masks}
@@ -137,17 +171,16 @@ def select_jointly(
         return masks
     stacks = stack_alike(rest, single=True)
     units = [_pool(choice) for _, choice in stacks]
-    order = {path: n for n, path in enumerate(rest)}
-    arguments = {
-        "where": [choice.where for choice in units],
-        "sizes": [c.pattern.sizes(c.scores.shape, c.stack_axes) for _, c in stacks],
-        "turns": [[order[p] for p in paths] for paths, _ in stacks],
-    }
+    position = {path: n for n, path in enumerate(rest)}
+    scores = [choice.scores for choice in units]
+    where = [choice.where for choice in units]
+    sizes = [c.pattern.sizes(c.scores.shape, c.stack_axes) for _, c in stacks]
+    order = [[position[p] for p in paths] for paths, _ in stacks]
     if search is None:
-        search = topk.joint_top_k_masks
+        found = topk.joint_top_k_masks(scores, k, where=where, sizes=sizes, order=order)
     else:
-        arguments["stack_axes"] = [choice.stack_axes for choice in units]
-    found = search([choice.scores for choice in units], k, **arguments)
+        axes = [choice.stack_axes for choice in units]
+        found = search(scores, k, where=where, sizes=sizes, stack_axes=axes, order=order)
     for (paths, choice), mask in zip(stacks, found, strict=True):
         mask = _expand(choice, mask)
         masks |= {p: mask[i] for i, p in enumerate(paths)}
@@ -155,10 +188,10 @@ def select_jointly(
 
 
 def _pool(choice: Choice) -> Choice:
-    """The choice with scores and masks of units in place of those of weights."""
+    """The choice with scores and masks of units instead of weights."""
     pattern, axes = choice.pattern, choice.stack_axes
 
-    def pooled(mask):
+    def pooled(mask: jax.Array | None) -> jax.Array | None:
         return None if mask is None else pattern.pool_mask(mask, axes)
 
     return choice._replace(
@@ -174,11 +207,11 @@ def _expand(choice: Choice, units: jax.Array) -> jax.Array:
 
 
 def _stack_parts(choice: Choice) -> Choice:
-    """The choice with the axes along which its pattern chooses apart as stacked axes."""
+    """The choice with the pattern's `split_axes` as stacked axes."""
     axes = choice.pattern.split_axes(choice.scores.ndim, choice.stack_axes)
     if not axes:
         return choice
-    # an even share for each; stacked axes are in order, as k a slice goes by them
+    # an even share for each; stacked axes in order, since k has one number per slice in that order
     k = choice.k // math.prod(choice.scores.shape[a] for a in axes)
     stack_axes = tuple(sorted((*choice.stack_axes, *axes)))
     if jnp.ndim(k):
@@ -187,7 +220,7 @@ def _stack_parts(choice: Choice) -> Choice:
 
 
 def _missing(choice: Choice) -> tuple[int | jax.Array, jax.Array | None]:
-    """How many units to choose besides those kept in any case, and from which."""
+    """How many units to choose in addition to those always kept, and from which."""
     if choice.keep is None:
         return choice.k, choice.where
     free = tuple(free_axes(choice.keep.ndim, choice.stack_axes))

@@ -1,4 +1,4 @@
-"""Arrays of weights that are alike, computed on as one stack."""
+"""Computes on the arrays of equal weights as on one stack."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.contract import LayerPlan, Plan
-
-Arrays = Mapping[str, jax.Array]
+from t5x_sparsity.core.contract import Arrays, LayerPlan, Plan
 
 
 def equal_keys(keys: Mapping[str, Hashable | None]) -> list[list[str]]:
-    """The paths of each key, in order; those without one, None, each by itself."""
+    """Groups paths by equal keys, in order; a path whose key is None is a group by itself.
+
+    >>> equal_keys({"a": 1, "b": None, "c": 1, "d": None})
+    [['a', 'c'], ['b'], ['d']]
+    """
     members: dict[Hashable, list[str]] = {}
     for path, key in keys.items():
         members.setdefault(path if key is None else key, []).append(path)
@@ -26,21 +28,22 @@ def equal_keys(keys: Mapping[str, Hashable | None]) -> list[list[str]]:
 def map_stacked(
     plan: Plan, function: Callable[..., jax.Array], *arrays: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """`function` of every weight's arrays, called once per stack of weights that are alike.
+    """`function` of every weight's arrays, called once per stack of equal weights.
 
-    A model of many layers then compiles to a small program: the pieces of a result that go into
-    another call, or into a selection, are one array to the compiler. Only weights of one sharding
-    share a call, as a stack of others would move between devices.
+    A model of many layers then compiles to a small program: results that go into another call, or
+    into a selection, are one array to the compiler. Only weights of one sharding share a call,
+    because others would be moved between devices.
 
     Args:
-      plan: of the weights; its order is the result's.
+      plan: of the weights; results are in its order.
       function: called with the plan of one of the weights and a stack of each of their `arrays`,
-        along a new first axis, along which it must treat all alike. Returns such a stack.
+        along a new first axis. It must treat all entries of that axis alike, and return such a
+        stack.
       arrays: by path, for every weight of the plan.
     """
 
     def key_of(path: str, layer: LayerPlan) -> Hashable | None:
-        if layer.axes is None:  # nothing is known of its sharding
+        if layer.axes is None:  # its sharding is unknown
             return None
         own = tuple((jnp.shape(a[path]), jnp.result_type(a[path])) for a in arrays)
         return layer.axes, layer.shape, layer.stack_axes, layer.pack_axis, own
@@ -48,8 +51,8 @@ def map_stacked(
     found: dict[str, jax.Array] = {}
     for paths in equal_keys({path: key_of(path, layer) for path, layer in plan.items()}):
         stacks = [jnp.stack([a[p] for p in paths]) for a in arrays]
-        # the barrier keeps a compiler from moving parts of the stack into what they were made by,
-        # where it doesn't see that all parts together are the stack again
+        # without the barrier a compiler moves the slices into what computes the stack, and then
+        # does not see that all of them together are the stack
         result = lax.optimization_barrier(function(plan[paths[0]], *stacks))
         found |= {p: lax.index_in_dim(result, i, keepdims=False) for i, p in enumerate(paths)}
     return {path: found[path] for path in plan}

@@ -1,24 +1,22 @@
 """Exact top-k masks without a sort, and without moving a weight between devices.
 
-A score is mapped to an unsigned key of the same order, the key is cut into 16-bit digits, and the
-digits of the k-th largest key are found one bit per pass, most significant first. A pass counts, in
-place, how many digits reach a candidate: under a sharded `jit` that is a local reduction and one
-all-reduce of one number per selection. A mask is what lies above the k-th key, so that the search
-stores nothing per weight but the digits it reads. Ties are resolved by the same search over flat
-indices, and only where there are any. Everything is integer arithmetic, so that the masks are the
-same bit for bit on every mesh and platform.
+A score is mapped to an unsigned key of the same order, and the key is cut into 16-bit digits. The
+digits of the k-th largest key are found one bit per pass, the most significant first. A pass
+counts, in place, how many digits reach a candidate. Under a sharded `jit` that is a local reduction
+and one all-reduce of one number per selection. A mask marks the keys above the k-th, so the search
+stores nothing per weight but the digits it reads. The same search over flat indices resolves ties,
+only where there are any. All arithmetic is on integers, so the masks are the same, bit for bit, on
+every mesh and platform.
 
 The order is that of a stable descending sort: larger scores first, equal scores (0.0 and -0.0 are
 equal) by lower flat index, infinities as numbers, and NaN after everything else.
-
-Masks are True where a score is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +40,14 @@ class Count(NamedTuple):
     """A number of weights below 2**47, as high * 2**16 + low, without 64-bit integers.
 
     A selection over a whole model may span more weights than an int32 can count.
+
+    Attributes:
+      high: int32.
+      low: int32 in [0, 2**16), of the same shape.
     """
 
-    high: jax.Array  # int32
-    low: jax.Array  # int32 in [0, 2**16)
+    high: jax.Array
+    low: jax.Array
 
     @classmethod
     def of(cls, value: int | jax.Array | Count) -> Count:
@@ -64,7 +66,7 @@ class Count(NamedTuple):
             (value >> _DIGIT_BITS).astype(jnp.int32), (value & _DIGIT_MASK).astype(jnp.int32)
         )
 
-    def __add__(self, other: Count) -> Count:
+    def __add__(self, other: Count) -> Count:  # type: ignore[override]  # a sum, not a tuple
         low = self.low + other.low
         return Count(self.high + other.high + (low >> _DIGIT_BITS), low & _DIGIT_MASK)
 
@@ -94,17 +96,27 @@ def top_k_mask(
     where: jax.Array | None = None,
     stack_axes: Sequence[int] = (),
 ) -> jax.Array:
-    """Returns the mask of the k largest scores, or of the k largest of every slice.
+    """The mask of the k largest scores, or of the k largest of every slice.
+
+    >>> print(top_k_mask(jnp.array([0.5, 2.0, 1.0, 2.0]), 2))
+    [False  True False  True]
+    >>> print(top_k_mask(jnp.array([[3.0, 1.0], [0.0, 2.0]]), 1, stack_axes=(0,)))
+    [[ True False]
+     [False  True]]
 
     Args:
       scores: float32, bfloat16 or float16, any shape.
-      k: how many to keep, a scalar, or one number a slice (shape: the stacked dims, in order).
+      k: how many to keep: a scalar, or one number per slice (shape: the stacked dims, in order).
         May be traced. k above the number of candidates keeps them all.
       where: bool, shape of `scores`; only these are candidates. None: all are.
       stack_axes: axes along which selections are independent, such as scanned layers or experts.
 
     Returns:
       bool, shape of `scores`.
+
+    Raises:
+      TypeError: scores of another dtype, or a k that is no integer.
+      ValueError: a negative k, or a slice of 2**31 scores or more.
     """
     return top_k_masks([scores], [k], where=[where], stack_axes=[stack_axes])[0]
 
@@ -116,7 +128,7 @@ def top_k_masks(
     where: Sequence[jax.Array | None] | None = None,
     stack_axes: Sequence[Sequence[int]] | None = None,
 ) -> list[jax.Array]:
-    """`top_k_mask` of several tensors in one search: they share every pass, not their threshold.
+    """`top_k_mask` of several tensors in one search: they share its passes, not a threshold.
 
     Args:
       scores: the tensors.
@@ -143,7 +155,7 @@ def top_k_masks(
 
 
 def _per_slice(k: int | jax.Array, shape: Sequence[int], stack_axes: Sequence[int]) -> Count:
-    """k as one number a slice of a tensor, in the shape of its stacked dims."""
+    """k as one number per slice of a tensor, in the shape of its stacked dims."""
     stacked = tuple(shape[a] for a in sorted(a % len(shape) for a in stack_axes))
     return Count(*(jnp.broadcast_to(c, stacked) for c in Count.of(k)))
 
@@ -154,23 +166,22 @@ def joint_top_k_masks(
     *,
     where: Sequence[jax.Array | None] | None = None,
     sizes: Sequence[jax.Array | int] | None = None,
-    turns: Sequence[Sequence[int]] | None = None,
+    order: Sequence[Sequence[int]] | None = None,
 ) -> list[jax.Array]:
-    """Returns the masks of the k largest scores over all tensors together.
+    """The masks of the k largest scores over all tensors together.
 
     Ties go to the earlier tensor, then to the lower flat index. Tensors of mixed dtypes are
     compared as float32. k may be a `Count` where more than 2**31 weights are spanned.
 
     Args:
-      scores: the tensors, an entry a unit: a weight, or several that live and die together.
+      scores: the tensors, with one entry per unit: a weight, or several kept or pruned together.
       k: how many weights to keep.
       where: for each tensor, its candidates, or None for all.
-      sizes: for each tensor, how many weights its units hold, int32, broadcast against it. None: a
-        weight a unit. The first units that reach k together are kept, so at least k weights are,
-        and fewer than k without the last unit.
-      turns: given, each entry of `scores` is a stack of tensors along its first axis, and this says
-        for each tensor of it which of all it is, from 0, in the order by which ties go. None: they
-        are single tensors, in their order.
+      sizes: for each tensor, how many weights its units hold, int32, broadcast against it. None: 1.
+        Units are kept, the largest first, until they hold at least k weights.
+      order: if given, each entry of `scores` is a stack of tensors along its first axis, and this
+        holds the position of each of them, from 0, in the order by which ties are resolved. None:
+        they are single tensors, in this order.
     """
     if not scores:
         return []
@@ -178,20 +189,23 @@ def joint_top_k_masks(
     where = [None] * len(scores) if where is None else list(where)
     if any(s.dtype != scores[0].dtype for s in scores):
         scores = [s.astype(jnp.float32) for s in scores]
-    axes = [() if turns is None else (0,)] * len(scores)
-    layout = Layout([s.shape for s in scores], axes, joint=True, sizes=sizes, turns=turns)
+    axes: list[tuple[int, ...]] = [() if order is None else (0,)] * len(scores)
+    layout = Layout([s.shape for s in scores], axes, joint=True, sizes=sizes, order=order)
     return _select(scores, Count(*(c.reshape(1) for c in Count.of(k))), where, layout)
 
 
 def materialize(scores: Sequence[jax.Array]) -> list[jax.Array]:
     """The same scores as arrays in memory, computed once.
 
-    XLA's `InstructionFusion` copies what leads to a score into each kernel that reads the score,
-    and each copy may round differently, by fused multiply-adds. A search would then not find what
-    it has counted. The result of a loop is never copied so. An optimization barrier doesn't help:
-    `OptimizationBarrierExpander` removes it before XLA fuses. XLA must not see that the loop never
-    runs, or `WhileLoopSimplifier` removes it; so it runs where there is a NaN, and then changes
-    nothing that a search sees.
+    XLA's `InstructionFusion` copies the computation of a score into each kernel that reads it, and
+    each copy may round differently, by fused multiply-adds. A search would then not find what it
+    has counted. The result of a loop is never copied that way. An optimization barrier doesn't
+    help: `OptimizationBarrierExpander` removes it before XLA fuses. XLA must not see that the loop
+    never runs, or `WhileLoopSimplifier` removes it. So it runs once where there is a NaN, and then
+    replaces NaN by NaN.
+
+    Raises:
+      TypeError: scores that are not float32, bfloat16 or float16.
     """
     for s in scores:
         _format(s.dtype)
@@ -201,22 +215,32 @@ def materialize(scores: Sequence[jax.Array]) -> list[jax.Array]:
     smallest = min(sized, key=lambda s: s.size)
     rounds = jnp.isnan(jnp.max(smallest)).astype(jnp.int32)
 
-    def one_nan(_, scores):
+    def one_nan(_: jax.Array, scores: list[jax.Array]) -> list[jax.Array]:
         return [jnp.where(jnp.isnan(s), jnp.asarray(jnp.nan, s.dtype), s) for s in scores]
 
-    return lax.fori_loop(0, rounds, one_nan, list(scores))
+    found: list[jax.Array] = lax.fori_loop(0, rounds, one_nan, list(scores))
+    return found
 
 
 class Layout:
-    """Where each tensor's selections stand in the vector of all of them.
+    """Where each tensor's selections are in the vector of all selections.
 
-    One selection a slice of a tensor; a single one over everything where they are `joint`, in
-    which case an entry may count for several weights, and ties go by the slices' `turns`.
+    There is one selection per slice of a tensor. Where they are `joint` there is a single one over
+    everything; an entry may then count for several weights, and ties are resolved in the `order` of
+    the slices.
     """
 
-    def __init__(self, shapes, stack_axes, *, joint: bool, sizes=None, turns=None):
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        stack_axes: Sequence[Sequence[int]],
+        *,
+        joint: bool,
+        sizes: Sequence[jax.Array | int] | None = None,
+        order: Sequence[Sequence[int]] | None = None,
+    ):
         self.joint = joint
-        self.turns = None if turns is None else np.concatenate([np.asarray(t) for t in turns])
+        self.order = None if order is None else np.concatenate([np.asarray(o) for o in order])
         self.shapes = [tuple(shape) for shape in shapes]
         self.unit_sizes = [1] * len(shapes) if sizes is None else list(sizes)
         self.stack_axes = [
@@ -247,7 +271,7 @@ class Layout:
                 )
 
     def gather(self, numbers: Sequence[Count]) -> Count:
-        """One vector of what is given a tensor: a scalar, or a number a slice."""
+        """One vector of what each tensor has: a scalar, or one number per slice."""
         parts = [
             [jnp.broadcast_to(c, stacked).reshape(-1) for c in n]
             for n, stacked in zip(numbers, self.stacked, strict=True)
@@ -255,7 +279,7 @@ class Layout:
         return Count(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
 
     def spread(self, vector: jax.Array) -> list[jax.Array]:
-        """The part of the vector that is each tensor's, so shaped that it broadcasts over it."""
+        """Each tensor's part of the vector, in a shape that broadcasts against the tensor."""
         if self.joint:
             return [vector.reshape((1,) * len(shape)) for shape in self.keepdims]
         out, start = [], 0
@@ -277,16 +301,16 @@ class Layout:
         count = Count.of(jnp.concatenate([c.reshape(-1) for c in counts]))
         return count.sum() if self.joint else count
 
-    def apart(self) -> Layout:
-        """The layout in which every tensor is a selection, or a stack of them, of its own."""
+    def separate(self) -> Layout:
+        """The same tensors with one selection per slice."""
         return Layout(self.shapes, self.stack_axes, joint=False, sizes=self.unit_sizes)
 
 
 def _count(flags: jax.Array, stack_axes: Sequence[int], reduced: Sequence[int]) -> jax.Array:
     """How many flags are set, int32.
 
-    Eight along one axis are summed as bytes first, which vectorizes where a sum of int32 does not:
-    a CPU counts ten times as fast. The axis is one that splits under the usual shardings.
+    Eight along one axis are summed as bytes first. That vectorizes, where a sum of int32 does not,
+    and makes a CPU count ten times as fast. The axis still splits under the usual shardings.
     """
     axis = pack_axis(flags.shape, stack_axes)
     if axis is not None:
@@ -296,10 +320,15 @@ def _count(flags: jax.Array, stack_axes: Sequence[int], reduced: Sequence[int]) 
     return jnp.sum(flags, axis=tuple(reduced), dtype=jnp.int32)
 
 
-def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
+def _select(
+    scores: Sequence[jax.Array],
+    needs: Count,
+    where: Sequence[jax.Array | None],
+    layout: Layout,
+) -> list[jax.Array]:
     """The masks of the `needs` largest of every selection; scores must be materialized."""
 
-    def keys():
+    def keys() -> Iterator[jax.Array]:
         for s, w in zip(scores, where, strict=True):
             key = ordered_keys(s)
             yield key if w is None else jnp.where(w, key, jnp.zeros((), key.dtype))
@@ -308,25 +337,25 @@ def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
     found = _search(list(keys()), needs, layout, width)
     limits = layout.spread(found.threshold)
 
-    def tied():
-        # a threshold of 0 is one that too few candidates are above
+    def tied() -> list[jax.Array]:
+        # a threshold of 0 means that there are too few candidates
         return [(k == t) & (t > 0) for k, t in zip(keys(), limits, strict=True)]
 
     places_width = max((math.prod(shape) + 1).bit_length() for shape in layout.slices)
 
-    def places():
+    def places() -> Iterator[jax.Array]:
         for s, axes in zip(scores, layout.stack_axes, strict=True):
             yield _places(s.shape, axes, places_width)
 
-    def last_of_ties():
-        ties, apart = tied(), layout.apart()
+    def last_of_ties() -> list[jax.Array]:
+        ties, separate = tied(), layout.separate()
         left = found.left
         if layout.joint:
-            left = _in_turn(left, apart.count(ties), layout.turns)
+            left = _share_in_order(left, separate.count(ties), layout.order)
         place = [jnp.where(t, p, jnp.uint32(0)) for t, p in zip(ties, places(), strict=True)]
-        return apart.spread(_search(place, left, apart, places_width).threshold)
+        return separate.spread(_search(place, left, separate, places_width).threshold)
 
-    def every_tie():
+    def every_tie() -> list[jax.Array]:
         return [jnp.zeros(shape, jnp.uint32) for shape in layout.keepdims]
 
     several = jnp.any((found.threshold > 0) & found.more)
@@ -339,23 +368,23 @@ def _select(scores, needs: Count, where, layout: Layout) -> list[jax.Array]:
     ]
 
 
-def _in_turn(needs: Count, there: Count, turns: np.ndarray | None) -> Count:
-    """Shares a number out among slices, as many as are `there`, the first in turn first."""
-    turns = np.arange(there.low.shape[0]) if turns is None else turns
-    order = np.argsort(turns)
-    high, low = there.high[order], there.low[order]
+def _share_in_order(needs: Count, available: Count, positions: np.ndarray | None) -> Count:
+    """Shares a number among slices: each gets what is available to it, until nothing is left."""
+    positions = np.arange(available.low.shape[0]) if positions is None else positions
+    order = np.argsort(positions)
+    high, low = available.high[order], available.low[order]
     before = Count(jnp.cumsum(high) - high, jnp.zeros_like(low)) + Count.of(jnp.cumsum(low) - low)
     enough = before.reaches(needs)
-    return Count(*(jnp.where(enough, 0, c)[turns] for c in needs - before))
+    return Count(*(jnp.where(enough, 0, c)[positions] for c in needs - before))
 
 
 class _Found(NamedTuple):
-    """Where a search ends, a number a selection.
+    """The result of a search, one entry per selection.
 
     Attributes:
       threshold: the largest key that enough keys reach; 0 where too few are above 0.
-      left: how many of those equal to it are wanted.
-      more: bool, whether more than those equal it.
+      left: how many of the keys equal to it are wanted.
+      more: bool, whether more keys than that equal it.
     """
 
     threshold: jax.Array
@@ -363,7 +392,7 @@ class _Found(NamedTuple):
     more: jax.Array
 
 
-def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
+def _search(keys: Sequence[jax.Array], needs: Count, layout: Layout, width: int) -> _Found:
     """Finds the `needs`-th largest key of every selection; keys are below 2**width."""
     if width <= _DIGIT_BITS:
         digits = [k.astype(jnp.uint16) for k in keys]
@@ -373,7 +402,7 @@ def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
     digits = [(k >> _DIGIT_BITS).astype(jnp.uint16) for k in keys]
     first = _digit_search(digits, needs, layout, width - _DIGIT_BITS)
     left = needs - first.above
-    # a key of another first digit counts as 0, which no candidate of a pass ever is
+    # a key of another first digit counts as 0, below every candidate of a pass
     limits = layout.spread(first.threshold.astype(jnp.uint32))
     digits = [
         jnp.where((k >> _DIGIT_BITS) == t, k & _DIGIT_MASK, 0).astype(jnp.uint16)
@@ -382,7 +411,7 @@ def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
     last = _digit_search(digits, left, layout, _DIGIT_BITS)
     equal = Count(
         *(
-            jnp.where(last.threshold > 0, *c)  # all of the first digit reach a second of 0
+            jnp.where(last.threshold > 0, *c)  # all keys of the first digit reach a second of 0
             for c in zip(last.equal, first.equal - last.above, strict=True)
         )
     )
@@ -393,22 +422,28 @@ def _search(keys, needs: Count, layout: Layout, width: int) -> _Found:
 
 
 class _Digit(NamedTuple):
-    """A digit found, and how many digits reach it and lie above it."""
+    """A digit that was found, one entry per selection.
 
-    threshold: jax.Array  # uint16
+    Attributes:
+      threshold: the digit, uint16.
+      reached: how many digits are at least it.
+      above: how many are larger.
+    """
+
+    threshold: jax.Array
     reached: Count
     above: Count
 
     @property
     def equal(self) -> Count:
-        """How many have just this digit."""
+        """How many digits are equal to it."""
         return self.reached - self.above
 
 
-def _digit_search(digits, needs: Count, layout: Layout, bits: int) -> _Digit:
-    """The largest digit that `needs` digits reach; `reached` means nothing where it is 0."""
+def _digit_search(digits: Sequence[jax.Array], needs: Count, layout: Layout, bits: int) -> _Digit:
+    """The largest digit that `needs` digits reach; `reached` is meaningless where it is 0."""
 
-    def raise_bit(i, found):
+    def raise_bit(i: jax.Array, found: _Digit) -> _Digit:
         candidates = found.threshold | (jnp.uint16(1) << jnp.asarray(bits - 1 - i, jnp.uint16))
         counts = layout.count(
             [d >= c for d, c in zip(digits, layout.spread(candidates), strict=True)]
@@ -418,7 +453,7 @@ def _digit_search(digits, needs: Count, layout: Layout, bits: int) -> _Digit:
         def either(yes: Count, no: Count) -> Count:
             return Count(*(jnp.where(enough, *pair) for pair in zip(yes, no, strict=True)))
 
-        # the last candidate that too few reach is the one next above the threshold
+        # the last candidate that too few reach is the next digit above the threshold
         return _Digit(
             jnp.where(enough, candidates, found.threshold),
             either(counts, found.reached),
@@ -427,17 +462,18 @@ def _digit_search(digits, needs: Count, layout: Layout, bits: int) -> _Digit:
 
     none = Count(jnp.zeros_like(needs.high), jnp.zeros_like(needs.low))
     start = _Digit(jnp.zeros(needs.low.shape, jnp.uint16), none, none)
-    return lax.fori_loop(0, bits, raise_bit, start)
+    found: _Digit = lax.fori_loop(0, bits, raise_bit, start)
+    return found
 
 
-def _format(dtype) -> tuple:
+def _format(dtype: np.dtype) -> tuple[Any, int]:
     if dtype.name not in _FORMATS:
         raise TypeError(f"scores must be one of {', '.join(_FORMATS)}, got {dtype.name}; cast them")
     return _FORMATS[dtype.name]
 
 
 def ordered_keys(scores: jax.Array) -> jax.Array:
-    """Unsigned keys above 0 that order as the scores do: uint32 of float32, else uint16."""
+    """Unsigned keys above 0 in the order of the scores: uint32 of float32, otherwise uint16."""
     uint, infinity = _format(scores.dtype)
     sign = uint(1 << (jnp.iinfo(uint).bits - 1))
     bits = lax.bitcast_convert_type(scores, uint)
@@ -447,12 +483,13 @@ def ordered_keys(scores: jax.Array) -> jax.Array:
     return jnp.where(magnitude > uint(infinity), uint(1), key)
 
 
-def _places(shape, stack_axes, width: int) -> jax.Array:
-    """uint32 in (0, 2**width - 1) that fall as the flat index within a slice rises."""
+def _places(shape: Sequence[int], stack_axes: Sequence[int], width: int) -> jax.Array:
+    """uint32 in (0, 2**width - 1) that decrease with the flat index within a slice."""
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         if axis not in stack_axes:
             index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
             stride *= shape[axis]
-    return jnp.uint32((1 << width) - 2) - index
+    last: jax.Array = jnp.uint32((1 << width) - 2)
+    return last - index

@@ -1,10 +1,10 @@
-"""The functional core of sparse training: its configuration, its state, and one train step."""
+"""The functional core of sparse training: its state, and one train step."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from t5x_sparsity.core import packing
 from t5x_sparsity.core.config import SparsityConfig
 from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Plan, Slots, Update, prune
 from t5x_sparsity.core.plan import by_algorithm, update_schedules
+from t5x_sparsity.core.schedules import StepValue
 from t5x_sparsity.core.stacking import pack_stacked, unpack_stacked
 
 # Masks must be the same whatever generator the run draws its dropout from.
@@ -37,9 +38,9 @@ class SparsityState(NamedTuple):
         most. Each has its weight's axes.
     """
 
-    masks: dict[str, jax.Array]
+    masks: Arrays
     rng: jax.Array
-    slots: dict[str, dict[str, jax.Array]]
+    slots: Slots
 
 
 def init_state(
@@ -51,11 +52,15 @@ def init_state(
       config: of the run.
       plan: of the sparse weights.
       weights: at least the sparse ones, by path.
-      trained: whether they are of a dense checkpoint: masks that would start at random then keep
-        the largest.
+      trained: whether they come from a dense checkpoint. Masks that would start at random then
+        keep the largest.
+
+    Raises:
+      ValueError: an algorithm's slot has a reserved name.
     """
     key = jax.random.key(config.seed, impl=_KEY_IMPL)
-    stored, slots = {}, {}
+    stored: dict[str, jax.Array] = {}
+    slots: dict[str, dict[str, jax.Array]] = {}
     for algorithm, part in by_algorithm(plan):
         own = in_this_plan(weights, part)
         masks = algorithm.initial_masks(part, own, None if trained else key)
@@ -77,8 +82,10 @@ def init_state(
     )
 
 
-def forward_weights(plan: Plan, state: SparsityState, weights: Arrays, step=0) -> Arrays:
-    """All weights as the model sees them at `step`; those that have a dense slot come from it."""
+def forward_weights(
+    plan: Plan, state: SparsityState, weights: Arrays, step: StepValue = 0
+) -> dict[str, jax.Array]:
+    """All weights as the model sees them at `step`; those with a dense slot are read from it."""
     weights = {**weights, **state.slots.get(DENSE, {})}
     masks = _unpacked(plan, state.masks)
     for algorithm, part in by_algorithm(plan):
@@ -99,7 +106,7 @@ class Step(NamedTuple):
       optimizer_state: the base optimizer's.
       state: of sparsity.
       alive: bool, by path; which weights were kept before the step and still are.
-      reset: bool, by path; of which weights the optimizer's slots are to be zeroed.
+      reset: bool, by path; where the optimizer's slots are to be zeroed.
     """
 
     weights: dict[str, jax.Array]
@@ -122,7 +129,8 @@ def train_step(
 ) -> Step:
     """One train step: the base optimizer's, with sparsity around it.
 
-    First the gradient phase, then the mask phase if masks are due, then what the model sees next.
+    First comes the gradient phase, then the mask phase if masks are due, then the weights that the
+    model sees next.
 
     Args:
       plan: of the sparse weights.
@@ -132,8 +140,8 @@ def train_step(
       grads: all, by path, dense.
       optimizer_state: the base optimizer's, a pytree.
       gradient_step: the base optimizer: (weights, grads, its state) -> (weights, its state).
-      updates_masks: whether masks are due. Where algorithms have schedules of their own, the step
-        itself finds out which of them are.
+      updates_masks: whether masks of any algorithm are due. Where algorithms have different
+        schedules, the step itself finds out which are due.
     """
     step = jnp.asarray(step, jnp.int32)
     dense = state.slots.get(DENSE, {})
@@ -177,12 +185,13 @@ class _Due(NamedTuple):
     Attributes:
       algorithm: the algorithm.
       part: the plan of its weights.
-      now: traced bool, whether they do. None where it is the only schedule, and so they do.
+      now: bool, which may be traced, whether they do. None where there is one schedule only, so
+        that they do.
     """
 
     algorithm: Algorithm
     part: Plan
-    now: jax.Array | None
+    now: bool | jax.Array | None
 
 
 def _due(plan: Plan, step: jax.Array) -> list[_Due]:
@@ -210,7 +219,7 @@ def _gradient_phase(
 
     replacing = [d.now for d in due if d.algorithm.replaces_gradient_step]
     conditions = [now for now in replacing if now is not None]
-    if len(conditions) < len(replacing):  # one does for sure
+    if len(conditions) < len(replacing):  # one replaces it in every mask update
         return whole
     before = dict(whole.weights), whole.optimizer_state
     after = gradient_step(before[0], visible, whole.optimizer_state)
@@ -223,9 +232,9 @@ def _gradient_phase(
 class _Masks(NamedTuple):
     """Masks after a step, as they are stored and as bool; slots; and resets, see `Step`."""
 
-    stored: dict[str, jax.Array]
-    masks: dict[str, jax.Array]
-    slots: Mapping[str, Arrays]
+    stored: Arrays
+    masks: Arrays
+    slots: Slots
     reset: dict[str, jax.Array]
 
 
@@ -253,44 +262,48 @@ def _mask_phase(plan: Plan, whole: Update, state: SparsityState, due: list[_Due]
 
 
 def _update_if(
-    now: jax.Array | None, algorithm: Algorithm, part: Plan, update: Update
+    now: bool | jax.Array | None, algorithm: Algorithm, part: Plan, update: Update
 ) -> tuple[Arrays, Slots]:
-    """An algorithm's masks and slots after the step; None: they are due for sure."""
+    """An algorithm's masks and slots after the step; see `_Due.now`."""
 
-    def updated():
+    def updated() -> tuple[Arrays, Slots]:
         masks = algorithm.update_masks(part, update)
         return masks, dict(algorithm.update_slots(part, update._replace(masks=masks)))
 
     if now is None:
         return updated()
-    return lax.cond(now, updated, lambda: (dict(update.masks), dict(update.slots)))
+    found: tuple[Arrays, Slots] = lax.cond(
+        now, updated, lambda: (dict(update.masks), dict(update.slots))
+    )
+    return found
 
 
-def _materialize(stored: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+def _materialize(stored: Arrays, step: jax.Array) -> dict[str, jax.Array]:
     """The same masks as arrays in memory, computed once.
 
     XLA's `InstructionFusion` would otherwise copy the end of the selection into each kernel that
-    reads a mask, and make kernels of their own for every weight, as each reads another part of a
-    stack. The result of a loop is never copied so, even of one that never runs, as long as
-    `WhileLoopSimplifier` can't tell; an optimization barrier is removed before XLA fuses.
+    reads a mask, and make separate kernels for every weight, because each reads another part of a
+    stack. The result of a loop is never copied that way. That holds even for a loop that never
+    runs, if `WhileLoopSimplifier` can't tell. An optimization barrier is removed before XLA fuses.
 
-    These are to be read within the step. What the step returns must be `stored` itself, since XLA
-    for TPU fails where donated masks are read next to those that take their place.
+    The result is for reading within the step. What the step returns must be `stored` itself: XLA
+    for TPU fails where donated masks are read next to the masks that replace them.
     """
 
-    def never(i, masks):
+    def never(i: jax.Array, masks: Arrays) -> dict[str, jax.Array]:
         return {p: x | (i >> 31).astype(jnp.uint8) for p, x in masks.items()}
 
-    return lax.fori_loop(0, (step < 0).astype(jnp.int32), never, stored)
+    found: dict[str, jax.Array] = lax.fori_loop(0, (step < 0).astype(jnp.int32), never, stored)
+    return found
 
 
 def in_this_plan(arrays: Arrays, plan: Iterable[str]) -> dict[str, jax.Array]:
-    """Those arrays whose paths are in the plan, in its order; all must be there."""
+    """The arrays of the plan's paths, in its order; none may be missing."""
     return {p: arrays[p] for p in plan}
 
 
 def _seen_by(part: Plan, whole: Update) -> Update:
-    """What an algorithm may look at, of an update of all weights."""
+    """The part of an update of all weights that one algorithm sees."""
     own = {name: {p: x[p] for p in part if p in x} for name, x in whole.slots.items()}
     return whole._replace(
         weights=in_this_plan(whole.weights, part),
@@ -301,6 +314,6 @@ def _seen_by(part: Plan, whole: Update) -> Update:
     )
 
 
-def _merged(slots: Mapping[str, Arrays], new: Mapping[str, Arrays]) -> dict[str, Arrays]:
-    """Slots with what one algorithm has made of its own."""
+def _merged(slots: Slots, new: Slots) -> dict[str, Arrays]:
+    """All slots, with the new ones of one algorithm."""
     return {name: {**arrays, **new.get(name, {})} for name, arrays in slots.items()}

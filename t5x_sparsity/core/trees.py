@@ -7,19 +7,27 @@ from typing import Any
 
 import jax
 
+# Arrays by the path of their weight, the keys to it joined by '/'.
+Arrays = Mapping[str, jax.Array]
 
-def path_of(keys: jax.tree_util.KeyPath) -> str:
-    """The path of a leaf: its keys joined by '/'."""
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf, whose keys JAX gives as a KeyPath: the keys joined by '/'."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Leaves of any pytree by path, the keys joined by '/', in the tree's own order.
+    """The leaves of any pytree by path, in the tree's own order.
 
-    is_leaf: what else counts as a leaf, as in `jax.tree.leaves`.
+    >>> flatten({"mlp": {"wi": 1, "wo": 2}, "layers": [3]})
+    {'layers/0': 3, 'mlp/wi': 1, 'mlp/wo': 2}
+
+    Args:
+      tree: any pytree.
+      is_leaf: what else counts as a leaf, as in `jax.tree.leaves`.
 
     Raises:
-      ValueError: two leaves have the same path, since a key holds a '/'.
+      ValueError: two leaves have the same path, because a key holds a '/'.
     """
     flat: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
@@ -36,4 +44,4 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 def unflatten(like: Any, flat: Mapping[str, Any]) -> Any:
     """The inverse of `flatten`, with the containers of `like`."""
     paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like)]
-    return jax.tree.structure(like).unflatten([flat[path] for path in paths])
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in paths])

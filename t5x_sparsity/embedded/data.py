@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -149,14 +150,10 @@ def verify_matching_vocabs(cfg: DatasetConfig, model: Any) -> None:
 
 def get_zeros_batch_like_dataset(data: Any, batch_size: int | None = None) -> Batch:
     """A batch of zeros with the shapes and types of `data`'s batches, to compile with."""
-
-    def zeros(spec):
-        shape = tuple(spec.shape)
-        if batch_size is not None:
-            shape = (batch_size, *shape[1:])
-        return np.zeros(shape, _numpy_dtype(spec.dtype))
-
-    return {name: zeros(spec) for name, spec in data.element_spec.items()}
+    return {
+        name: np.zeros((batch_size or spec.shape[0], *spec.shape[1:]), _numpy_dtype(spec.dtype))
+        for name, spec in data.element_spec.items()
+    }
 
 
 def _numpy_dtype(dtype: Any) -> np.dtype:
@@ -179,7 +176,6 @@ class TrainIterator(Iterator):
         self._data = data
         self._sharding = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
         self._source: Iterator[Batch] | None = None
-        self._first: Batch | None = None
         self.batches = 0
         self.element_spec = {
             name: jax.ShapeDtypeStruct(tuple(spec.shape), _numpy_dtype(spec.dtype))
@@ -187,38 +183,32 @@ class TrainIterator(Iterator):
         }
 
     def skip(self, count: int) -> None:
-        """Begin after the first `count` batches; only before the first batch is read."""
-        if self._source is not None or self._first is not None:
-            raise ValueError("skip() comes too late: batches have been read already.")
+        """Begin after the first `count` batches; call it before a batch is read."""
         self.batches = count
+
+    def zeros(self, batch_size: int) -> Batch:
+        """A batch of zeros on the devices, to compile with."""
+        return jax.device_put(get_zeros_batch_like_dataset(self, batch_size), self._sharding)
 
     def warm_up(self) -> None:
         """Read the first batch, so that errors of the input show; it stays to be handed out."""
-        try:
-            self._first = self._read()
-        except StopIteration:
+        source = self._open()
+        first = next(source, None)
+        if first is None:
             raise ValueError(
                 f"The training data has no batch after the first {self.batches}. Train for fewer "
                 "steps (gin macro TRAIN_STEPS), or let get_dataset_fn repeat its data."
-            ) from None
+            )
+        self._source = itertools.chain([first], source)
 
     def __next__(self) -> Batch:
-        batch, self._first = self._first, None
-        if batch is None:
-            batch = self._read()
+        if self._source is None:
+            self.warm_up()
+        batch = next(self._source)
         self.batches += 1
         return jax.device_put(batch, self._sharding)
 
-    def _read(self) -> Batch:
-        if self._source is None:
-            self._source = self._open()
-        return next(self._source)
-
     def _open(self) -> Iterator[Batch]:
         if isinstance(self._data, tf.data.Dataset):
-            data = self._data.skip(self.batches) if self.batches else self._data
-            return data.prefetch(2).as_numpy_iterator()
-        source = iter(self._data)
-        for _ in range(self.batches):
-            next(source)
-        return source
+            return self._data.skip(self.batches).prefetch(2).as_numpy_iterator()
+        return itertools.islice(self._data, self.batches, None)

@@ -21,7 +21,6 @@ class DecoderWrapper(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        """Makes the submodule."""
         self.decoder = layers.Stack(self.config, self.config.num_layers, "decoder")
 
     def __call__(
@@ -30,23 +29,17 @@ class DecoderWrapper(nn.Module):
         decoder_target_tokens: jax.Array,
         decoder_segment_ids: jax.Array | None = None,
         decoder_positions: jax.Array | None = None,
-        decoder_causal_attention: jax.Array | None = None,
         *,
         enable_dropout: bool = True,
-        decode: bool = False,
     ) -> jax.Array:
         """Returns float32 logits [batch, length, vocabulary] under teacher forcing.
 
         Tokens are ids [batch, length], 0 is padding. Segment ids tell packed examples apart.
-        Positions are accepted and not used: they are relative. `decoder_causal_attention` is not 0
-        in the part of an example that attends both ways. `decode=True` is a NotImplementedError.
+        Positions are accepted and not used: they are relative.
         """
-        layers.refuse_decoding(decode)
         del decoder_positions
         return self.decoder(
             decoder_input_tokens,
-            layers.decoder_mask(
-                decoder_target_tokens, decoder_segment_ids, decoder_causal_attention
-            ),
+            layers.decoder_mask(decoder_target_tokens, decoder_segment_ids),
             deterministic=not enable_dropout,
         )

@@ -20,14 +20,10 @@ def parse_gin_flags(
     skip_unknown: bool | Sequence[str] = False,
     finalize_config: bool = True,
 ) -> None:
-    """Read gin files, then single bindings; what comes later overrides what came before.
+    """Read gin files, then bindings such as "train.total_steps = 100"; the last one wins.
 
-    Args:
-      gin_search_paths: folders in which files and their includes are looked for, in order.
-      gin_files: files to read, in order.
-      gin_bindings: bindings such as "train.total_steps = 100", in order.
-      skip_unknown: True, or names: don't raise for bindings of unknown (or these) configurables.
-      finalize_config: lock the configuration afterwards.
+    Files and their includes are looked for in `gin_search_paths`, in order. `skip_unknown`, True or
+    names, lets unknown configurables (or these) pass. `finalize_config` locks the configuration.
     """
     for folder in gin_search_paths:
         gin.add_config_file_search_path(folder)

@@ -51,29 +51,24 @@ class TransformerSizes:
     float32_attention_logits: bool = False
 
     def __post_init__(self):
-        """Raises a ValueError that names the field if one is out of range."""
-        name = type(self).__name__
+        def check(field, holds, allowed):
+            if not holds:
+                got = getattr(self, field)
+                raise ValueError(f"{type(self).__name__}.{field} must be {allowed}, got {got!r}.")
+
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and not (isinstance(value, int) and value >= 1):
-                raise ValueError(
-                    f"{name}.{field.name} must be an integer of at least 1, got {value!r}."
-                )
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(
-                f"{name}.dropout_rate must be at least 0 and below 1, got {self.dropout_rate!r}."
-            )
-        if getattr(self.dtype, "__name__", str(self.dtype)) not in _DTYPES:
-            raise ValueError(f"{name}.dtype must be one of {_DTYPES}, got {self.dtype!r}.")
-        if not self.mlp_activations or isinstance(self.mlp_activations, str):
-            raise ValueError(
-                f"{name}.mlp_activations must be a sequence such as ('gelu', 'linear'), "
-                f"got {self.mlp_activations!r}."
-            )
-        for activation in self.mlp_activations:
-            _activation(activation, f"{name}.mlp_activations")
-        # Lists from gin would make the modules that hold a configuration unhashable.
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+            if field.type in (int, "int"):
+                value = getattr(self, field.name)
+                check(field.name, isinstance(value, int) and value >= 1, "an integer of at least 1")
+        dtype = getattr(self.dtype, "__name__", str(self.dtype))
+        check("dtype", dtype in _DTYPES, f"one of {_DTYPES}")
+        check("dropout_rate", 0.0 <= self.dropout_rate < 1.0, "at least 0 and below 1")
+        names = self.mlp_activations
+        known = names and not isinstance(names, str) and all(map(_activation, names))
+        allowed = "a sequence of 'linear' and names in flax.linen, such as ('gelu', 'linear')"
+        check("mlp_activations", known, allowed)
+        # A list from gin would make the modules that hold a configuration unhashable.
+        object.__setattr__(self, "mlp_activations", tuple(names))
 
 
 class Dense(nn.Module):
@@ -118,7 +113,6 @@ class TokenEmbedding(nn.Module):
     dtype: Any
 
     def setup(self):
-        """Declares the parameter."""
         self.embedding = param_with_axes(
             "embedding",
             nn.initializers.normal(stddev=1.0),
@@ -331,32 +325,17 @@ class Stack(nn.Module):
 pair_mask = functools.partial(nn.make_attention_mask, dtype=bool)
 
 
-def decoder_mask(
-    targets: jax.Array, segment_ids: jax.Array | None, bidirectional: jax.Array | None = None
-) -> jax.Array:
+def decoder_mask(targets: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """Returns the self-attention mask [batch, 1, length, length] of a decoder.
 
     A position attends to itself and those before, within its segment, padding (0) left out.
-    Positions where `bidirectional` is not 0, the prefix of a prefix LM, attend to each other both
-    ways.
     """
     positions = jnp.arange(targets.shape[-1])[None]
     mask = pair_mask(positions, positions, jnp.greater_equal)
-    if bidirectional is not None:
-        mask = mask | pair_mask(bidirectional != 0, bidirectional != 0)
     mask = mask & pair_mask(targets > 0, targets > 0)
     if segment_ids is not None:
         mask = mask & pair_mask(segment_ids, segment_ids, jnp.equal)
     return mask
-
-
-def refuse_decoding(decode: bool) -> None:
-    """Raises a NotImplementedError if `decode`."""
-    if decode:
-        raise NotImplementedError(
-            "The embedded host trains and evaluates with teacher forcing only; it has no "
-            "autoregressive decoding. Use T5X to infer from this checkpoint."
-        )
 
 
 def _mask_bias(mask: jax.Array, dtype: Any) -> jax.Array:
@@ -368,14 +347,7 @@ def _dropout(cfg: TransformerSizes) -> nn.Dropout:
     return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
 
-def _activation(activation: str | Callable, setting: str = "mlp_activations") -> Callable:
-    if callable(activation):
-        return activation
+def _activation(activation: str | Callable) -> Callable | None:
     if activation == "linear":
         return lambda x: x
-    if not callable(getattr(nn, activation, None)):
-        raise ValueError(
-            f"{setting} got '{activation}', which is neither 'linear' nor in flax.linen; it must "
-            "be a name such as 'gelu', 'relu' or 'silu'."
-        )
-    return getattr(nn, activation)
+    return activation if callable(activation) else getattr(nn, activation, None)

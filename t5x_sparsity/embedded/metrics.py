@@ -32,13 +32,7 @@ class Sum(_Additive):
 
     total: Scalar = 0
 
-    @classmethod
-    def from_model_output(cls, values: Scalar, **kwargs: Any) -> "Sum":
-        """Returns the metric of one value or an array of them; `kwargs` are other fields."""
-        return cls(total=jnp.sum(jnp.asarray(values)), **kwargs)
-
     def compute(self) -> jax.Array:
-        """Returns the total."""
         return jnp.asarray(self.total)
 
 
@@ -49,7 +43,6 @@ class Step(_Additive):
     steps: Scalar = 1
 
     def replace_steps(self, steps: Scalar) -> "Step":
-        """Returns the metric with the number of steps set."""
         return self.replace(steps=steps)
 
 
@@ -58,7 +51,6 @@ class AveragePerStep(Step, Sum):
     """The sum of all values, over the number of steps."""
 
     def compute(self) -> jax.Array:
-        """Returns the average."""
         return self.total / jnp.asarray(self.steps)
 
 
@@ -69,16 +61,11 @@ class Time(_Additive):
     duration: Scalar = None
 
     def replace_duration(self, duration: Scalar) -> "Time":
-        """Returns the metric with its duration in seconds set."""
         return self.replace(duration=duration)
 
     def compute(self) -> jax.Array:
-        """Returns the seconds."""
         if self.duration is None:
-            raise ValueError(
-                f"{type(self).__name__} has no duration yet: call replace_duration(seconds) on the "
-                "host before compute()."
-            )
+            raise ValueError(f"{type(self).__name__} has no duration yet: call replace_duration")
         return jnp.asarray(self.duration)
 
 
@@ -88,13 +75,7 @@ class TimeRate(Time):
 
     numerator: Scalar = 0
 
-    @classmethod
-    def from_model_output(cls, numerator: Scalar, **_: Any) -> "TimeRate":
-        """Returns the metric of one value."""
-        return cls(numerator=numerator)
-
     def compute(self) -> jax.Array:
-        """Returns the rate."""
         return self.numerator / super().compute()
 
 
@@ -102,13 +83,7 @@ class TimeRate(Time):
 class StepsPerTime(Step, Time):
     """The number of steps, per second."""
 
-    @classmethod
-    def from_model_output(cls, steps: Scalar = 1, **_: Any) -> "StepsPerTime":
-        """Returns the metric of `steps` steps."""
-        return cls(steps=steps)
-
     def compute(self) -> jax.Array:
-        """Returns the rate."""
         return self.steps / super().compute()
 
 

@@ -23,9 +23,7 @@ Metrics = dict[str, clu.metrics.Metric]
 class MetricsManager:
     """Writes metrics to TensorBoard from one background thread, in the order they were given.
 
-    Attributes:
-      summary_dir: where the events go, or None: nowhere.
-      latest: the last value written under each name; it stays after `close`.
+    They go to `summary_dir`, or nowhere if it is None. `latest` has the last value of each name.
     """
 
     def __init__(self, name: str, summary_dir: str | None = None):
@@ -43,17 +41,22 @@ class MetricsManager:
 
     @property
     def summary_writer(self) -> metric_writers.MetricWriter:
-        """The CLU writer of this manager."""
         return self._writer
 
     def write_scalar(self, key: str, val: Any, step: Any) -> None:
-        """Write one value; see `write_scalars`."""
         self.write_scalars(step, {key: val})
 
     def write_scalars(self, step: Any, scalars: Mapping[str, Any]) -> None:
         """Write values, which may be device arrays: only the background thread waits for them."""
         # The step may belong to a state that the next train step is given, so it is read here.
-        self._submit(self._write, int(read_scalar(step)), dict(scalars))
+        step, scalars = int(read_scalar(step)), dict(scalars)
+
+        def write():
+            values = {name: read_scalar(value) for name, value in scalars.items()}
+            self.latest.update({name: clu.values.Scalar(value) for name, value in values.items()})
+            self._writer.write_scalars(step, values)
+
+        self._submit(write)
 
     def start_duration_timer(self, block_on: Any = ()) -> None:
         """Start the clock of the next summary, once `block_on` and earlier summaries are ready."""
@@ -108,16 +111,11 @@ class MetricsManager:
             self._pool.shutdown()
             self._writer.close()
 
-    def _submit(self, fn: Callable, *args: Any) -> concurrent.futures.Future:
+    def _submit(self, fn: Callable) -> concurrent.futures.Future:
         self._pending = [f for f in self._pending if not f.done() or f.exception() is not None]
-        future = self._pool.submit(fn, *args)
+        future = self._pool.submit(fn)
         self._pending.append(future)
         return future
-
-    def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        values = {name: read_scalar(value) for name, value in scalars.items()}
-        self.latest.update({name: clu.values.Scalar(value) for name, value in values.items()})
-        self._writer.write_scalars(step, values)
 
 
 def read_scalar(x: Any) -> Any:

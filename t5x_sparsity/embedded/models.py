@@ -15,7 +15,7 @@ from flax.core import FrozenDict, freeze
 
 from t5x_sparsity.embedded import losses, optimizers
 from t5x_sparsity.embedded import metrics as metrics_lib
-from t5x_sparsity.embedded.refusals import missing_from
+from t5x_sparsity.embedded.refusals import missing_from, refuse
 
 __getattr__ = missing_from(__name__)
 
@@ -28,8 +28,8 @@ class BaseTransformerModel:
 
     label_smoothing: probability, in [0, 1), spread over the wrong tokens, in evaluation too.
     z_loss: coefficient of the square of the softmax's log normaliser, added to the loss.
-    loss_normalizing_factor: a number, None for a plain sum over tokens, or a
-        `losses.SpecialLossNormalizingFactor` or its name.
+    loss_normalizing_factor: a number, None for a plain sum over tokens, or a name in
+        `losses.FACTORS`.
     feature_converter_cls: how seqio makes features of examples; None takes the class's own.
     decode_fn: accepted for T5X's sake, and not used.
     """
@@ -46,9 +46,8 @@ class BaseTransformerModel:
         feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        loss_normalizing_factor: losses.LossNormalizingFactor = None,
+        loss_normalizing_factor: float | str | None = None,
     ):
-        """Keeps the arguments, see the class."""
         if feature_converter_cls is not None:
             self.FEATURE_CONVERTER_CLS = feature_converter_cls
         if not 0.0 <= label_smoothing < 1.0:
@@ -90,7 +89,7 @@ class BaseTransformerModel:
         factor, weights = losses.get_loss_normalizing_factor_and_weights(
             self._loss_normalizing_factor, batch
         )
-        loss, z_loss, _ = losses.compute_weighted_cross_entropy(
+        loss, z_loss = losses.compute_weighted_cross_entropy(
             logits,
             targets,
             weights,
@@ -107,20 +106,14 @@ class BaseTransformerModel:
         """Returns the scalar loss and the metrics of a batch, without dropout."""
         return self.loss_fn(params, batch, None)
 
-    def score_batch(self, params: PyTree, batch: Batch) -> jax.Array:
-        """Returns the log likelihood of each target sequence, [batch]; z-loss has no part in it."""
-        targets = batch["decoder_target_tokens"]
-        logits = self._compute_logits(params, batch)
-        one_hot = jax.nn.one_hot(targets, logits.shape[-1])
-        scores = -losses.cross_entropy_with_logits(logits, one_hot, 0.0)[0]
-        return jnp.sum(scores * batch["decoder_loss_weights"], axis=-1)
-
     def predict_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises a NotImplementedError: the embedded host does not decode."""
+        """Raises a NotImplementedError, and so does `score_batch`: that is T5X's."""
         raise NotImplementedError(
-            f"{type(self).__name__} of the embedded host can not predict: it trains and evaluates "
-            "with teacher forcing only. Use T5X for it, on this checkpoint."
+            f"{type(self).__name__} of the embedded host can not predict or score: it trains and "
+            "evaluates with teacher forcing only. Use T5X for it, on this checkpoint."
         )
+
+    score_batch = predict_batch
 
     def _compute_logits(
         self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None = None
@@ -136,7 +129,7 @@ class BaseTransformerModel:
 
     def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
         """Calls the module's `init` or `apply` on a key or variables, and the batch's features."""
-        raise NotImplementedError(f"{type(self).__name__} must define _apply")
+        raise NotImplementedError
 
 
 class EncoderDecoderModel(BaseTransformerModel):
@@ -159,10 +152,7 @@ class EncoderDecoderModel(BaseTransformerModel):
 
 
 class DecoderOnlyModel(BaseTransformerModel):
-    """A model of sequences; where examples have inputs, only targets carry loss weights.
-
-    inputs_bidirectional_attention: let inputs attend to each other both ways (prefix LM).
-    """
+    """A model of sequences; where examples have inputs, only targets carry loss weights."""
 
     FEATURE_CONVERTER_CLS = seqio.DecoderFeatureConverter
 
@@ -175,35 +165,19 @@ class DecoderOnlyModel(BaseTransformerModel):
         inputs_bidirectional_attention: bool = False,
         **kwargs: Any,
     ):
-        """Keeps the arguments; `kwargs` are those of the base class."""
-        self._inputs_bidirectional_attention = inputs_bidirectional_attention
+        name = "models.DecoderOnlyModel.inputs_bidirectional_attention"
+        refuse(name, inputs_bidirectional_attention, False, "has causal attention only")
         super().__init__(module, vocabulary, vocabulary, optimizer_def, decode_fn, **kwargs)
 
     def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
-        bidirectional = None
-        if self._inputs_bidirectional_attention:
-            bidirectional = batch.get("decoder_causal_attention")
-            if bidirectional is None:
-                raise ValueError(
-                    "DecoderOnlyModel.inputs_bidirectional_attention = True needs the feature "
-                    f"'decoder_causal_attention', and the batch has {sorted(batch)}. Use a task "
-                    "with inputs and seqio.PrefixLMFeatureConverter, or set it to False."
-                )
         return method(
             state,
             batch["decoder_input_tokens"],
             batch["decoder_target_tokens"],
             decoder_segment_ids=batch.get("decoder_segment_ids"),
             decoder_positions=batch.get("decoder_positions"),
-            decoder_causal_attention=bidirectional,
             **kwargs,
         )
-
-
-def count_packed_examples(segment_ids: jax.Array) -> jax.Array:
-    """Returns how many examples are packed in rows of segment ids [batch, length]; 0 is padding."""
-    starts = jnp.diff(segment_ids, axis=1, prepend=0) != 0
-    return jnp.sum(starts & (segment_ids != 0))
 
 
 def compute_base_metrics(
@@ -211,8 +185,8 @@ def compute_base_metrics(
     targets: jax.Array,
     mask: jax.Array | None,
     loss: jax.Array,
-    z_loss: jax.Array | None = None,
-    segment_ids: Mapping[str, jax.Array] | None = None,
+    z_loss: jax.Array,
+    segment_ids: Mapping[str, jax.Array],
 ) -> metrics_lib.MetricsMap:
     """Returns the metrics of a batch under T5X's names.
 
@@ -220,7 +194,7 @@ def compute_base_metrics(
     are [batch, length]; `loss` and `z_loss` are the batch's scalars.
     """
     average, per_step = clu_metrics.Average, metrics_lib.AveragePerStep
-    rate = metrics_lib.TimeRate.from_model_output
+    rate = metrics_lib.TimeRate
     examples = jnp.asarray(targets.shape[0])
     tokens = jnp.asarray(targets.size)
     real_tokens = tokens if mask is None else jnp.sum(mask)
@@ -232,8 +206,12 @@ def compute_base_metrics(
         "loss": per_step(total=loss),
         "loss_per_nonpadding_target_token": average(total=loss, count=real_tokens),
         "loss_per_all_target_tokens": average(total=loss, count=tokens),
+        "z_loss": per_step(total=z_loss),
+        "z_loss_per_all_target_tokens": average(total=z_loss, count=tokens),
+        "cross_ent_loss": per_step(total=loss - z_loss),
+        "cross_ent_loss_per_all_target_tokens": average(total=loss - z_loss, count=tokens),
         "timing/seqs_per_second": rate(numerator=examples),
-        "timing/steps_per_second": metrics_lib.StepsPerTime.from_model_output(),
+        "timing/steps_per_second": metrics_lib.StepsPerTime(),
         "timing/seconds": metrics_lib.Time(),
         "timing/seqs": metrics_lib.Sum(examples),
         "timing/seqs_per_second_per_core": rate(numerator=examples / devices),
@@ -241,23 +219,18 @@ def compute_base_metrics(
         "timing/target_tokens_per_second_per_core": rate(numerator=tokens / devices),
         "non_padding_fraction/loss_weights": average(total=real_tokens, count=tokens),
     }
-    if z_loss is not None:
-        metrics |= {
-            "z_loss": per_step(total=z_loss),
-            "z_loss_per_all_target_tokens": average(total=z_loss, count=tokens),
-            "cross_ent_loss": per_step(total=loss - z_loss),
-            "cross_ent_loss_per_all_target_tokens": average(total=loss - z_loss, count=tokens),
-        }
-    if segment_ids:
-        filled, size = 0, 0
-        for feature, ids in segment_ids.items():
-            metrics[f"effective_batch_size/{feature}"] = per_step(total=count_packed_examples(ids))
-            feature_filled = jnp.sum(ids != 0)
-            metrics[f"non_padding_fraction/{feature}"] = average(
-                total=feature_filled, count=jnp.asarray(ids.size)
-            )
-            filled, size = filled + feature_filled, size + ids.size
-        metrics["non_padding_fraction/overall"] = average(total=filled, count=jnp.asarray(size))
+    filled = {feature: jnp.sum(ids != 0) for feature, ids in segment_ids.items()}
+    sizes = {feature: ids.size for feature, ids in segment_ids.items()}
+    for feature, ids in segment_ids.items():
+        # An example begins where the segment changes; 0 is padding.
+        begins = (jnp.diff(ids, axis=1, prepend=0) != 0) & (ids != 0)
+        metrics[f"effective_batch_size/{feature}"] = per_step(total=jnp.sum(begins))
+        metrics[f"non_padding_fraction/{feature}"] = average(
+            total=filled[feature], count=jnp.asarray(sizes[feature])
+        )
+    metrics["non_padding_fraction/overall"] = average(
+        total=sum(filled.values()), count=jnp.asarray(sum(sizes.values()))
+    )
     return metrics
 
 

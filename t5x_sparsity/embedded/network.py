@@ -23,7 +23,6 @@ class Transformer(nn.Module):
     config: T5Config
 
     def setup(self):
-        """Makes the submodules."""
         cfg = self.config
         self.token_embedder = layers.TokenEmbedding(cfg.vocab_size, cfg.emb_dim, cfg.dtype)
         self.encoder = layers.Stack(cfg, cfg.num_encoder_layers, "encoder", self.token_embedder)
@@ -40,14 +39,12 @@ class Transformer(nn.Module):
         decoder_positions: jax.Array | None = None,
         *,
         enable_dropout: bool = True,
-        decode: bool = False,
     ) -> jax.Array:
         """Returns float32 logits [batch, target length, vocabulary] under teacher forcing.
 
         Tokens are ids [batch, length], 0 is padding. Segment ids tell packed examples apart.
-        Positions are accepted and not used: they are relative. `decode=True` is an error.
+        Positions are accepted and not used: they are relative.
         """
-        layers.refuse_decoding(decode)
         del encoder_positions, decoder_positions
         deterministic = not enable_dropout
         is_input = encoder_input_tokens > 0

@@ -4,11 +4,8 @@ Parameters carry logical axes ('embed', 'mlp', ...); rules map those to the axes
 and 'model'. A partitioned function runs under that mesh and those rules.
 """
 
-import contextlib
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +13,7 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_sparsity.embedded.refusals import missing_from, refuse
+from t5x_sparsity.embedded.refusals import missing_from, refuse, refuse_options
 from t5x_sparsity.embedded.train_state import FlaxOptimTrainState
 
 __getattr__ = missing_from(__name__)
@@ -37,59 +34,47 @@ def standard_logical_axis_rules(
     activation_partitioning_dims: 1, or 2 to split 'embed' over 'model' also.
     parameter_partitioning_dims: 1, or 2 to split 'embed' of parameters over 'data' also.
     """
-    for name, dims in (
-        ("activation_partitioning_dims", activation_partitioning_dims),
-        ("parameter_partitioning_dims", parameter_partitioning_dims),
-    ):
-        if dims not in (1, 2):
-            raise ValueError(f"standard_logical_axis_rules.{name} must be 1 or 2, got {dims!r}.")
+    dims = (activation_partitioning_dims, parameter_partitioning_dims)
+    embed = {(1, 1): [None], (2, 1): ["model"], (1, 2): ["data"], (2, 2): ["model", "data"]}
+    if dims not in embed:
+        raise ValueError(
+            "standard_logical_axis_rules.activation_partitioning_dims and "
+            f".parameter_partitioning_dims must be 1 or 2, got {dims}."
+        )
     rules = [("batch", "data")]
     rules += [(name, "model") for name in ("vocab", "mlp", "heads", "joined_kv")]
-    rules += [("kv", None)]
-    if activation_partitioning_dims == 2:
-        rules += [("embed", "model")]
-    if parameter_partitioning_dims == 2:
-        rules += [("embed", "data")]
-    if activation_partitioning_dims == parameter_partitioning_dims == 1:
-        rules += [("embed", None)]
+    rules += [("kv", None), *(("embed", axis) for axis in embed[dims])]
     return rules + [(name, None) for name in _REPLICATED] + list(additional_rules or ())
 
 
-@dataclasses.dataclass(frozen=True)
-class DataLayout:
+class DataLayout(NamedTuple):
     """Which part of a global batch this process reads: on one machine, all of it."""
 
     batch_size: int
-    shard_id: int
-    num_shards: int
-    is_first_host_in_replica_set: bool
+    shard_id: int = 0
+    num_shards: int = 1
+    is_first_host_in_replica_set: bool = True
 
 
 class PartitionedCallable:
     """A jitted function that is called, and lowered, under a mesh and logical axis rules."""
 
     def __init__(self, jitted: Any, mesh: Mesh, logical_axis_rules: LogicalAxisRules):
-        """Wraps the result of `jax.jit`."""
-        self._jitted = jitted
-        self._mesh = mesh
-        self._rules = logical_axis_rules
+        self._jitted, self._mesh, self._rules = jitted, mesh, logical_axis_rules
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """Runs the function, compiling it at the first call."""
-        with self._context():
-            return self._jitted(*args, **kwargs)
+        return self._under_rules(self._jitted, *args)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: Any) -> Any:
         """Returns the lowered function for arguments of these shapes; nothing runs."""
-        with self._context():
-            return self._jitted.lower(*args, **kwargs)
+        return self._under_rules(self._jitted.lower, *args)
 
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
+    def _under_rules(self, fn: Callable, *args: Any) -> Any:
         # The abstract mesh, since the concrete one can't be set while another function is traced.
         mesh = jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
         with mesh, flax_partitioning.axis_rules(self._rules):
-            yield
+            return fn(*args)
 
 
 class PjitPartitioner:
@@ -97,30 +82,19 @@ class PjitPartitioner:
 
     num_partitions: size of the 'model' axis; it must divide the number of devices, and the rest is
         the 'data' axis.
-    model_parallel_submesh: T5X's way to say the same for TPUs; here its product counts.
     logical_axis_rules: (logical axis, mesh axis or None) in order of priority; None takes
         `standard_logical_axis_rules()`.
     """
 
     def __init__(
         self,
-        num_partitions: int | None = None,
-        model_parallel_submesh: Sequence[int] | None = None,
-        params_on_devices: bool = True,
-        backend: str | None = None,
+        num_partitions: int,
         logical_axis_rules: LogicalAxisRules | None = None,
+        **only_in_t5x: Any,
     ):
         """Checks the arguments; the mesh is made, and checked, when it is first asked for."""
-        if bool(num_partitions) == bool(model_parallel_submesh):
-            raise ValueError(
-                "Exactly one of PjitPartitioner.num_partitions and "
-                f"PjitPartitioner.model_parallel_submesh must be set, got {num_partitions!r} and "
-                f"{model_parallel_submesh!r}. Set PjitPartitioner.num_partitions = 1 where the "
-                "model fits one device."
-            )
-        self._num_partitions = int(num_partitions or math.prod(model_parallel_submesh))
-        self.params_on_devices = params_on_devices
-        self._backend = backend
+        refuse_options("partitioning.PjitPartitioner", only_in_t5x)
+        self._num_partitions = num_partitions
         if logical_axis_rules is None:
             logical_axis_rules = standard_logical_axis_rules()
         self._logical_axis_rules = tuple(tuple(rule) for rule in logical_axis_rules)
@@ -131,8 +105,8 @@ class PjitPartitioner:
     @property
     def mesh(self) -> Mesh:
         """The mesh: axes 'data' and 'model' over all local devices."""
-        devices = np.asarray(jax.local_devices(backend=self._backend))
-        if self._num_partitions < 1 or devices.size % self._num_partitions:
+        devices = np.asarray(jax.local_devices())
+        if (self._num_partitions or 0) < 1 or devices.size % self._num_partitions:
             divisors = [n for n in range(1, devices.size + 1) if devices.size % n == 0]
             raise ValueError(
                 f"PjitPartitioner.num_partitions = {self._num_partitions} does not divide the "
@@ -142,7 +116,6 @@ class PjitPartitioner:
 
     @property
     def logical_axis_rules(self) -> LogicalAxisRules:
-        """The rules, in order of priority."""
         return self._logical_axis_rules
 
     @property
@@ -167,7 +140,7 @@ class PjitPartitioner:
                 f"{self.data_mesh_size} devices. Set BATCH_SIZE to a multiple of "
                 f"{self.data_mesh_size}, or a larger PjitPartitioner.num_partitions."
             )
-        return DataLayout(int(batch_size), 0, 1, True)
+        return DataLayout(int(batch_size))
 
     def get_logical_axes(self, train_state: FlaxOptimTrainState) -> FlaxOptimTrainState:
         """Returns the state with a logical PartitionSpec, or None, for each leaf."""
@@ -197,17 +170,30 @@ class PjitPartitioner:
         result leaves its sharding to the compiler; None within a tree means replicated.
         """
         mesh = self.mesh
+
+        def sharding(spec):
+            return NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+
+        def shardings(entry):
+            is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
+            return None if entry is None else jax.tree.map(sharding, entry, is_leaf=is_spec)
+
+        ins, outs = (
+            tuple(map(shardings, resources))
+            if type(resources) in (tuple, list)
+            else shardings(resources)
+            for resources in (in_axis_resources, out_axis_resources)
+        )
         jitted = jax.jit(
             fn,
-            in_shardings=_to_shardings(in_axis_resources, mesh),
-            out_shardings=_to_shardings(out_axis_resources, mesh),
+            in_shardings=ins,
+            out_shardings=outs,
             static_argnums=static_argnums,
             donate_argnums=donate_argnums,
         )
         return PartitionedCallable(jitted, mesh, self._logical_axis_rules)
 
     def compile(self, partitioned_fn: PartitionedCallable, *args: Any) -> Any:
-        """Returns `partitioned_fn` compiled for arguments of these shapes."""
         return partitioned_fn.lower(*args).compile()
 
     def _to_mesh_axes(self, path: str, axes: Any) -> Any:
@@ -220,19 +206,3 @@ class PjitPartitioner:
                 f"The logical axes {tuple(axes)} of '{path}' can not be mapped to the mesh by "
                 f"PjitPartitioner.logical_axis_rules: {error} Give each axis a name of its own."
             ) from error
-
-
-def _to_shardings(resources: PyTree, mesh: Mesh) -> PyTree:
-    if type(resources) in (tuple, list):
-        return tuple(_to_sharding_tree(entry, mesh) for entry in resources)
-    return _to_sharding_tree(resources, mesh)
-
-
-def _to_sharding_tree(entry: PyTree, mesh: Mesh) -> PyTree:
-    if entry is None:
-        return None
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, PartitionSpec() if spec is None else spec),
-        entry,
-        is_leaf=lambda x: x is None or isinstance(x, PartitionSpec),
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import datetime
 import logging as std_logging
 import math
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -47,58 +47,41 @@ class Progress:
     """
 
     def __init__(
-        self,
-        first_step: int,
-        total_steps: int,
-        console: rich.console.Console | None = None,
+        self, first_step: int, total_steps: int, console: rich.console.Console | None = None
     ):
-        """Prepare a report of the steps from `first_step` to `total_steps`."""
-        self._first, self._total = first_step, total_steps
-        self._console = console or rich.console.Console(file=sys.stderr)
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="progress")
-        self._lock = threading.Lock()
-        self._step = first_step
+        self._first, self._total, self._seen = first_step, total_steps, first_step
         self._begun = self._seen_at = time.monotonic()
-        self._seen = first_step
-        self._bar: rich.progress.Progress | None = None
-        self._task: Any = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="progress")
+        console = console or rich.console.Console(file=sys.stderr)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step"),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", completed=first_step, total=total_steps)
         self._stream: Any = None
 
     def __enter__(self) -> Progress:
-        self._begun = self._seen_at = time.monotonic()
-        if self._console.is_terminal:
-            columns = rich.progress
-            self._bar = columns.Progress(
-                columns.TextColumn("step {task.fields[step]}/{task.fields[total_steps]}"),
-                columns.BarColumn(),
-                columns.TextColumn("{task.fields[status]}"),
-                console=self._console,
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task(
-                "",
-                total=self._total - self._first,
-                step=self._first,
-                total_steps=self._total,
-                status="",
-            )
+        if not self._bar.disable:
             self._bar.start()
-            handler = logging.get_absl_handler().python_handler
             # What the bar makes of standard error prints above it.
-            self._stream, handler.stream = handler.stream, sys.stderr
+            self._stream = logging.get_absl_handler().python_handler.setStream(sys.stderr)
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         self._pool.shutdown()
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.stop()
-            logging.get_absl_handler().python_handler.stream = self._stream
-            self._bar = None
+            logging.get_absl_handler().python_handler.setStream(self._stream)
 
     def count(self, batches: Iterator) -> Iterator:
         """The same batches; each one taken counts as a step."""
         for batch in batches:
-            self._advance()
+            self._bar.advance(self._task)
             yield batch
 
     def watch(self, step: int, summary: Any) -> None:
@@ -107,12 +90,6 @@ class Progress:
         `summary.result()` maps names to clu.values.Value. Its errors are left to who made it.
         """
         self._pool.submit(self._report, step, summary)
-
-    def _advance(self) -> None:
-        with self._lock:
-            self._step += 1
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._step - self._first, step=self._step)
 
     def _report(self, step: int, summary: Any) -> None:
         try:
@@ -126,24 +103,10 @@ class Progress:
         self._seen, self._seen_at = step, now
         parts = []
         for label, name, form in (("loss", LOSS, "{:.4f}"), ("sparsity", SPARSITY, "{:.2%}")):
-            value = _number(values.get(name))
-            if value is not None:
-                parts.append(f"{label} {form.format(value)}")
-        parts.append(f"{rate:.2f} steps/s")
-        parts.append(f"{_clock(left)} left")
-        status = ", ".join(parts)
-        if self._bar is not None:
-            self._bar.update(self._task, status=status)
-        else:
+            if name in values:
+                parts.append(f"{label} {form.format(float(values[name].value))}")
+        clock = datetime.timedelta(seconds=math.ceil(max(left, 0.0)))
+        status = ", ".join([*parts, f"{rate:.2f} steps/s", f"{clock} left"])
+        self._bar.update(self._task, description=status)
+        if self._bar.disable:
             logging.info("Step %d/%d: %s", step, self._total, status)
-
-
-def _number(value: Any) -> float | None:
-    value = getattr(value, "value", value)
-    return None if value is None else float(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(math.ceil(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,18 +1,15 @@
 """What T5X can do and the embedded host can't: one error that names the argument or the symbol."""
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 
 def refuse(argument: str, value: Any, accepted: Any = None, why: str = "does less") -> None:
-    """Raises a ValueError unless `value` is what the embedded host takes for `argument`.
+    """Raises a ValueError unless `value` is `accepted`, the only one that the embedded host takes.
 
-    Args:
-      argument: the name to bind in gin, such as 'train.gc_period'.
-      value: what it was set to.
-      accepted: the only value that the embedded host takes.
-      why: what the embedded host does or doesn't do, to follow its name.
+    `argument` is the name to bind in gin, such as 'train.gc_period'; `why` follows "the embedded
+    host", such as "does less".
     """
     if value != accepted:
         raise ValueError(
@@ -21,12 +18,25 @@ def refuse(argument: str, value: Any, accepted: Any = None, why: str = "does les
         )
 
 
-def missing_from(module: str) -> Callable[[str], NoReturn]:
-    """Returns the `__getattr__` of `module`: an AttributeError that sends the reader to T5X."""
+def refuse_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises a TypeError for arguments of `name` that only T5X has."""
+    if options:
+        raise TypeError(
+            f"{name} of the embedded host has no {', '.join(sorted(options))}: leave it out, or "
+            "use T5X for it."
+        )
+
+
+def missing_from(module: str, instead: str = "") -> Callable[[str], NoReturn]:
+    """Returns the `__getattr__` of `module`: an AttributeError that sends the reader to T5X.
+
+    instead: what to use on the embedded host, if there is something.
+    """
 
     def getattr_of_module(name: str) -> NoReturn:
         raise AttributeError(
-            f"{module} has no {name!r}: the embedded host does less than T5X. Use T5X for it."
+            f"{module} has no {name!r}: the embedded host does less than T5X. Use T5X for it"
+            f"{instead}."
         )
 
     return getattr_of_module

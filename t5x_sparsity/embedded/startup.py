@@ -40,10 +40,12 @@ def check_model_dir(model_dir: str) -> str:
     above = path
     while not os.path.lexists(above):
         above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        raise ValueError(f"model_dir is {path}, but {above} is not a folder. {hint}")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"model_dir is {path}, but {above} can't be written to. {hint}")
+    for fails, why in (
+        (not os.path.isdir(above), "is not a folder"),
+        (not os.access(above, os.W_OK | os.X_OK), "can't be written to"),
+    ):
+        if fails:
+            raise ValueError(f"model_dir is {path}, but {above} {why}. {hint}")
     return path
 
 
@@ -55,38 +57,23 @@ def check_checkpoint_cfg(cfg: utils.CheckpointConfig, train_cfg: utils.DatasetCo
             "seed, so that a resumed run couldn't find its place in it. Set "
             "train/utils.DatasetConfig.seed = 0 (or another number), or save_dataset = False."
         )
-    if cfg.restore is None:
-        return
-    path = cfg.restore.path
+    path = cfg.restore.path if cfg.restore else ()
     if not isinstance(path, str) and list(path or ()):
         raise ValueError(
             f"utils.RestoreCheckpointConfig.path is {path!r}; training starts from one checkpoint. "
             "Set one path, or [] to start from scratch."
         )
-    if cfg.restore.mode == "all":
-        raise ValueError(
-            "utils.RestoreCheckpointConfig.mode is 'all', which is for evaluation. Set 'latest' or "
-            "'specific'."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """The checkpoint that a run starts from, checked against the run's own state.
-
-    Attributes:
-      path: the checkpoint's folder.
-      plan: which of its arrays goes to which leaf.
-      batches: how many training batches to skip.
-      dtype: the type to read weights as; None: the model's.
-      fallback_to_scratch: whether leaves that the plan lacks are initialized.
-    """
+    """The checkpoint that a run starts from, checked against the run's own state."""
 
     path: str
-    plan: dict[str, SavedArray]
-    batches: int
-    dtype: str | None
-    fallback_to_scratch: bool
+    plan: dict[str, SavedArray]  # which of its arrays goes to which leaf
+    batches: int  # training batches to skip
+    dtype: str | None  # of the weights as they are read; None: the model's
+    fallback_to_scratch: bool  # whether leaves that the plan lacks are initialized
 
 
 def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -> Source | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from t5x_sparsity.embedded import data, gin_utils, progress, startup, trainer, utils
+from t5x_sparsity.embedded import checkpoints, data, gin_utils, progress, startup, trainer, utils
 from t5x_sparsity.embedded.refusals import refuse
 
 
@@ -37,7 +36,7 @@ def train(
     inference_evaluator_cls: Any = None,
     get_dataset_fn: Callable[..., Any] = data.get_dataset,
     concurrent_metrics: bool = True,
-    actions: Mapping[str, Sequence[trainer.BaseAction]] | None = None,
+    actions: Mapping[str, Sequence[Any]] | None = None,
     train_eval_get_dataset_fn: Callable[..., Mapping] = data.get_training_eval_datasets,
     run_eval_before_training: bool = False,
     train_state_initializer_cls: Callable[..., Any] = utils.TrainStateInitializer,
@@ -45,35 +44,12 @@ def train(
     verify_matching_vocabs_fn: Callable | None = data.verify_matching_vocabs,
     gc_period: int = 0,
 ) -> tuple[int, Any]:
-    """Train, and go on where the last run in `model_dir` stopped. Arguments are T5X's.
+    """Train, or resume the last run in `model_dir`. Arguments are T5X's.
 
-    Args:
-      model: has loss_fn, eval_fn, optimizer_def, get_initial_variables and FEATURE_CONVERTER_CLS.
-      train_dataset_cfg: the training data.
-      train_eval_dataset_cfg: what is evaluated with teacher forcing, or None.
-      infer_eval_dataset_cfg: must be None: the embedded host doesn't decode.
-      checkpoint_cfg: what is saved, and what a new run starts from.
-      partitioner: says where arrays lie, and compiles.
-      trainer_cls: makes the trainer.
-      model_dir: the folder of checkpoints and metrics.
-      total_steps: the step to stop at.
-      eval_steps: how many batches an evaluation takes of each set.
-      eval_period: steps between evaluations.
-      relative_steps: train this many steps from the checkpoint instead of up to `total_steps`.
-      stats_period: steps between summaries; None: the shortest of the other periods.
-      random_seed: for initialization and dropout; None takes the time.
-      use_hardware_rng: use JAX's 'unsafe_rbg' random numbers, which depend on the partitioning.
-      summarize_config_fn: called with (model_dir, summary writer, step).
-      inference_evaluator_cls: not used.
-      get_dataset_fn: makes the training data; see `data.get_dataset`.
-      concurrent_metrics: False waits for the metrics of each stats period.
-      actions: by 'TRAIN' or 'TRAIN_EVAL', what looks at the metrics and may stop the training.
-      train_eval_get_dataset_fn: makes the evaluation data.
-      run_eval_before_training: evaluate before the first step too.
-      train_state_initializer_cls: makes the initial state.
-      use_orbax: must be True.
-      verify_matching_vocabs_fn: called with (dataset configuration, model); None: no check.
-      gc_period: must be 0: Python's garbage collector is left to itself.
+    Those of which the embedded host takes one value only are refused with an error that says so;
+    `inference_evaluator_cls` is not used. `stats_period=None` is the shortest of the other periods,
+    `random_seed=None` takes the time, `relative_steps` counts from the checkpoint instead of
+    `total_steps`.
 
     Returns:
       The last step and the train state after it.
@@ -87,10 +63,11 @@ def train(
     refuse("train.infer_eval_dataset_cfg", infer_eval_dataset_cfg, None, "doesn't decode")
     refuse("train.use_orbax", use_orbax, True, "writes Orbax checkpoints only")
     refuse("train.gc_period", gc_period, 0, "leaves garbage to Python")
+    refuse("train.concurrent_metrics", concurrent_metrics, True, "writes metrics concurrently")
+    refuse("train.actions", dict(actions or {}), {}, "has no actions")
     refuse("jax.process_count()", jax.process_count(), 1, "runs as one process")
     startup.check_checkpoint_cfg(checkpoint_cfg, train_dataset_cfg)
     model_dir = startup.check_model_dir(model_dir)
-    actions = _actions_by_mode(actions)
     save_cfg = checkpoint_cfg.save
     save_period = save_cfg.period if save_cfg else None
     if not train_eval_dataset_cfg:
@@ -117,13 +94,10 @@ def train(
     )
     eval_sets: Mapping[str, Any] = {}
     if train_eval_dataset_cfg is not None:
-        partitioner.get_data_layout(train_eval_dataset_cfg.batch_size)
+        eval_layout = partitioner.get_data_layout(train_eval_dataset_cfg.batch_size)
+        shard = (eval_layout.shard_id, eval_layout.num_shards)
         eval_sets = train_eval_get_dataset_fn(
-            train_eval_dataset_cfg,
-            layout.shard_id,
-            layout.num_shards,
-            eval_steps,
-            model.FEATURE_CONVERTER_CLS,
+            train_eval_dataset_cfg, *shard, eval_steps, model.FEATURE_CONVERTER_CLS
         )
         if not eval_sets:
             logging.warning("train_eval_dataset_cfg names no evaluation set: nothing is evaluated.")
@@ -145,8 +119,7 @@ def train(
         train_iter.skip(source.batches)
     # Input that can't be read ends the run here, with nothing written or compiled.
     train_iter.warm_up()
-    manager_cls = (save_cfg or utils.SaveCheckpointConfig()).checkpoint_manager_cls
-    manager = manager_cls(
+    manager = checkpoints.OrbaxCheckpointManagerInterface(
         directory=model_dir,
         train_state=shapes,
         partitioner=partitioner,
@@ -185,43 +158,36 @@ def train(
     )
     # The trainer alone may hold the state: its arrays are donated to the first step.
     del state
-    run = _Run(loop, manager, save_cfg, eval_sets, actions)
-    with progress.without_orbax_notes(), run.closing():
+    with progress.without_orbax_notes(), contextlib.closing(loop), contextlib.closing(manager):
         metrics = loop.train_metrics_manager
         summarize_config_fn(model_dir, metrics.summary_writer, host_step)
         metrics.write_scalar("timing/init_or_restore_seconds", time.monotonic() - begun, host_step)
         if host_step < total_steps:
             compiling = time.monotonic()
-            loop.compile_train(_dummy_batch(train_iter, layout.batch_size, partitioner))
+            loop.compile_train(train_iter.zeros(layout.batch_size))
             logging.info("Compiled the train step in %.1f s.", time.monotonic() - compiling)
         else:
             logging.warning("The run is at step %d already: there is nothing to train.", host_step)
         if run_eval_before_training and eval_sets:
-            run.evaluate(host_step)
+            _evaluate(loop, eval_sets, host_step)
         if save_period:
-            run.save()
+            _save(loop, manager)
 
         with progress.Progress(host_step, total_steps) as report:
             batches = report.count(train_iter)
             for segment in segments(host_step, total_steps, stats_period, eval_period, save_period):
-                if loop.stop_training:
-                    run.save()
-                    break
                 try:
-                    summary = loop.train(
-                        batches, segment.stop - segment.start, start_step=segment.start
-                    )
+                    loop.train(batches, segment.stop - segment.start, start_step=segment.start)
                 except trainer.PreemptionError:
-                    run.save()
+                    if save_cfg:
+                        _save(loop, manager)
                     raise
                 host_step = segment.stop
                 report.watch(host_step, metrics.snapshot())
-                if not concurrent_metrics or actions.get(trainer.ActionMode.TRAIN):
-                    run.act(trainer.ActionMode.TRAIN, {"train": summary.result()})
                 if segment.save:
-                    run.save()
+                    _save(loop, manager)
                 if segment.evaluate and eval_sets:
-                    run.evaluate(host_step)
+                    _evaluate(loop, eval_sets, host_step)
         return host_step, loop.train_state
 
 
@@ -255,73 +221,24 @@ def segments(
         start = stop
 
 
-def _actions_by_mode(actions: Mapping[str, Sequence] | None) -> dict[trainer.ActionMode, Sequence]:
-    known = [mode.name for mode in trainer.ActionMode]
-    for name in actions or {}:
-        if name not in known:
-            raise ValueError(f"train.actions has the key {name!r}; they are {', '.join(known)}.")
-    return {trainer.ActionMode[name]: found for name, found in (actions or {}).items()}
+def _save(loop: trainer.BaseTrainer, manager: Any) -> None:
+    """Save a checkpoint of the current step, unless there is one."""
+    begun = time.monotonic()
+    state = loop.train_state
+    if manager.save(state):
+        loop.train_metrics_manager.write_scalar(
+            "timing/checkpoint_seconds", time.monotonic() - begun, state.step
+        )
 
 
-def _dummy_batch(train_iter: data.TrainIterator, batch_size: int, partitioner: Any) -> Any:
-    zeros = data.get_zeros_batch_like_dataset(train_iter, batch_size)
-    sharding = jax.sharding.NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
-    return jax.device_put(zeros, sharding)
-
-
-@dataclasses.dataclass
-class _Run:
-    """What happens between the segments of a run, and at its end."""
-
-    loop: trainer.BaseTrainer
-    manager: Any
-    save_cfg: utils.SaveCheckpointConfig | None
-    eval_sets: Mapping[str, Any]
-    actions: Mapping[trainer.ActionMode, Sequence[trainer.BaseAction]]
-
-    def save(self) -> None:
-        """Save a checkpoint of the current step, unless there is one or none is wanted."""
-        if self.save_cfg is None:
-            return
-        begun = time.monotonic()
-        state = self.loop.train_state
-        if self.manager.save(state):
-            self.loop.train_metrics_manager.write_scalar(
-                "timing/checkpoint_seconds", time.monotonic() - begun, state.step
-            )
-
-    def evaluate(self, step: int) -> None:
-        """Evaluate every set, log its loss, and run the actions."""
-        sets = self.eval_sets
-        self.loop.compile_eval({n: data.get_zeros_batch_like_dataset(s) for n, s in sets.items()})
-        summaries = self.loop.eval({name: iter(_as_numpy(found)) for name, found in sets.items()})
-        for name, values in summaries.items():
-            loss = values.get(progress.LOSS)
-            shown = "" if loss is None else f": {progress.LOSS} {float(loss.value):.4f}"
-            logging.info("Step %d, evaluated %s%s", step, name, shown)
-        self.act(trainer.ActionMode.TRAIN_EVAL, summaries)
-
-    def act(self, mode: trainer.ActionMode, metrics_by_task: Mapping[str, Mapping]) -> None:
-        """Run the actions of `mode`; any of them may stop the training."""
-        for action in self.actions.get(mode, ()):
-            if action.run(self.loop.train_state, metrics_by_task=metrics_by_task):
-                self.loop.stop_training = True
-
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """Wait for all background work at the end; an error of the body goes before theirs."""
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            for close in (self.manager.close, self.loop.close):
-                try:
-                    close()
-                except Exception:
-                    if not failed:
-                        raise
-                    logging.exception("While closing after another error:")
+def _evaluate(loop: trainer.BaseTrainer, sets: Mapping[str, Any], step: int) -> None:
+    """Evaluate every set and log its loss."""
+    loop.compile_eval({n: data.get_zeros_batch_like_dataset(s) for n, s in sets.items()})
+    summaries = loop.eval({name: iter(_as_numpy(found)) for name, found in sets.items()})
+    for name, values in summaries.items():
+        loss = values.get(progress.LOSS)
+        shown = "" if loss is None else f": {progress.LOSS} {float(loss.value):.4f}"
+        logging.info("Step %d, evaluated %s%s", step, name, shown)
 
 
 def _as_numpy(found: Any) -> Iterable:

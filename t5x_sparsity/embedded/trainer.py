@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 import concurrent.futures
-import enum
+import contextlib
 import functools
 import math
 import os
@@ -42,47 +41,57 @@ def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
     return {name: metric.merge(b[name]) for name, metric in a.items()}
 
 
-@enum.unique
-class ActionMode(enum.Enum):
-    """After what an action runs."""
+def accumulate_grads_microbatched(
+    model: Any,
+    train_state: Any,
+    batch: Batch,
+    dropout_rng: jax.Array,
+    num_microbatches: int | None,
+    data_sharding: NamedSharding | None = None,
+) -> tuple[Any, Metrics]:
+    """Gradients and metrics of a batch, summed in float32 over equal consecutive parts of it.
 
-    TRAIN = 1
-    TRAIN_EVAL = 2
-    INFER_EVAL = 3
+    One microbatch (or None) takes the batch whole, with `dropout_rng` itself.
+    """
+    grad_fn = jax.value_and_grad(model.loss_fn, has_aux=True)
+    if num_microbatches is None or num_microbatches == 1:
+        (_, metrics), grads = grad_fn(train_state.params, batch, dropout_rng)
+        return grads, dict(metrics)
+
+    size = len(next(iter(batch.values())))
+    shards = 1
+    if data_sharding is not None:
+        shards = math.prod(data_sharding.mesh.shape[a] for a in data_sharding.spec if a)
+    if num_microbatches < 1 or size % num_microbatches or size // num_microbatches % shards:
+        raise ValueError(
+            f"trainer.Trainer.num_microbatches is {num_microbatches}; a batch of {size} over "
+            f"{shards} data shards can't be cut into that many equal parts. Choose a divisor of "
+            f"{size // shards}."
+        )
+    parts = {
+        name: x.reshape(num_microbatches, size // num_microbatches, *x.shape[1:])
+        for name, x in batch.items()
+    }
+
+    def one(carry, part):
+        rng, total = carry
+        rng, part_rng = jax.random.split(rng)
+        if data_sharding is not None:
+            part = jax.lax.with_sharding_constraint(part, data_sharding)
+        (_, metrics), grads = grad_fn(train_state.params, part, part_rng)
+        total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
+        return (rng, total), dict(metrics)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), train_state.params)
+    (_, grads), stacked = jax.lax.scan(one, (dropout_rng, zeros), parts)
+    metrics = jax.tree.map(lambda x: x[0], stacked)
+    for i in range(1, num_microbatches):
+        metrics = merge_metrics(metrics, jax.tree.map(lambda x, i=i: x[i], stacked))
+    return grads, metrics
 
 
-class BaseAction(abc.ABC):
-    """Looks at metrics and may end the training."""
-
-    @abc.abstractmethod
-    def run(self, train_state: Any, metrics_by_task: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Whether to stop training; metrics are by task, 'train' for those of training."""
-
-
-class TerminateOnNanAction(BaseAction):
-    """Stops training when a metric of a task is no longer finite."""
-
-    def __init__(self, task: str, metric: str = "loss"):
-        """Watch `metric` of `task`."""
-        self._task, self._metric = task, metric
-
-    def run(self, train_state: Any, metrics_by_task: Mapping[str, Mapping[str, Any]]) -> bool:
-        """See BaseAction; an unknown task or metric is a ValueError."""
-        known = metrics_by_task.get(self._task)
-        if known is None or self._metric not in known:
-            raise ValueError(
-                f"trainer.TerminateOnNanAction watches metric {self._metric!r} of task "
-                f"{self._task!r}; there are {sorted(metrics_by_task if known is None else known)}."
-            )
-        value = float(known[self._metric].value)
-        if math.isfinite(value):
-            return False
-        logging.error("%s of %s is %s: training stops.", self._metric, self._task, value)
-        return True
-
-
-class BaseTrainer(abc.ABC):
-    """Runs train and eval steps over batches; subclasses say what a step is."""
+class Trainer:
+    """Runs train and eval steps over batches."""
 
     def __init__(
         self,
@@ -93,18 +102,22 @@ class BaseTrainer(abc.ABC):
         summary_dir: str | None,
         train_state_axes: Any,
         rng: jax.Array,
+        *,
+        learning_rate_fn: Callable[[jax.Array], jax.Array],
+        num_microbatches: int | None,
+        weight_metrics_computer: None = None,
     ):
-        """Prepare a trainer; nothing is compiled yet.
+        """Prepare a trainer, by T5X's arguments; nothing is compiled yet.
 
-        Args:
-          model: gives `loss_fn` and `eval_fn`.
-          train_state: the state to start from; its arrays are given away to the first step.
-          partitioner: compiles the steps.
-          eval_names: the names of the sets that `eval` will be called with.
-          summary_dir: where TensorBoard events go (`train`, `training_eval/<name>`); None: nowhere.
-          train_state_axes: the partition spec of each array of the state.
-          rng: folded with the step number into each step's own key.
+        The arrays of `train_state` are given away to the first step. `rng` is folded with the step
+        number into the key of each step. TensorBoard events go to `summary_dir` (`train`,
+        `training_eval/<name>`), or nowhere if it is None. `num_microbatches` is into how many parts
+        a batch is cut to save memory; None: not at all.
         """
+        name = "trainer.Trainer.weight_metrics_computer"
+        refuse(name, weight_metrics_computer, None, "has no metrics of single weights")
+        self._learning_rate_fn = learning_rate_fn
+        self._num_microbatches = num_microbatches
         self._model = model
         self._train_state = train_state
         self._train_state_axes = train_state_axes
@@ -114,7 +127,6 @@ class BaseTrainer(abc.ABC):
         self._compiled_train_step: Step | None = None
         self._compiled_eval_steps: dict[str, Callable] = {}
         self._begun = time.monotonic()
-        self.stop_training = False
         self.train_metrics_manager = MetricsManager("train", summary_dir)
         # Long names of mixtures would pass what a file system takes.
         self.eval_metrics_managers = {
@@ -130,15 +142,9 @@ class BaseTrainer(abc.ABC):
 
     def close(self) -> None:
         """Wait for all metrics to be written; errors of the background threads are raised here."""
-        managers = [self.train_metrics_manager, *self.eval_metrics_managers.values()]
-        errors = []
-        for manager in managers:
-            try:
-                manager.close()
-            except Exception as error:  # noqa: BLE001 - the others must still be closed
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        with contextlib.ExitStack() as stack:
+            for manager in (*self.eval_metrics_managers.values(), self.train_metrics_manager):
+                stack.callback(manager.close)
 
     @property
     def train_state(self) -> Any:
@@ -242,90 +248,6 @@ class BaseTrainer(abc.ABC):
                 "timing/compilation_seconds", time.monotonic() - begun, self.train_state.step
             )
 
-    @property
-    @abc.abstractmethod
-    def _partitioned_train_step(self) -> Step:
-        """The partitioned function (train_state, batch) -> (train_state, metrics)."""
-
-    @property
-    @abc.abstractmethod
-    def _partitioned_eval_step(self) -> Callable[[Any, Batch], Metrics]:
-        """The partitioned function (train_state, batch) -> metrics."""
-
-
-def accumulate_grads_microbatched(
-    model: Any,
-    train_state: Any,
-    batch: Batch,
-    dropout_rng: jax.Array,
-    num_microbatches: int | None,
-    data_sharding: NamedSharding | None = None,
-) -> tuple[Any, Metrics]:
-    """Gradients and metrics of a batch, summed in float32 over equal consecutive parts of it.
-
-    One microbatch (or None) takes the batch whole, with `dropout_rng` itself.
-    """
-    grad_fn = jax.value_and_grad(model.loss_fn, has_aux=True)
-    if num_microbatches is None or num_microbatches == 1:
-        (_, metrics), grads = grad_fn(train_state.params, batch, dropout_rng)
-        return grads, dict(metrics)
-
-    size = len(next(iter(batch.values())))
-    shards = 1
-    if data_sharding is not None:
-        shards = math.prod(data_sharding.mesh.shape[a] for a in data_sharding.spec if a)
-    if num_microbatches < 1 or size % num_microbatches or size // num_microbatches % shards:
-        raise ValueError(
-            f"trainer.Trainer.num_microbatches is {num_microbatches}; a batch of {size} over "
-            f"{shards} data shards can't be cut into that many equal parts. Choose a divisor of "
-            f"{size // shards}."
-        )
-    parts = {
-        name: x.reshape(num_microbatches, size // num_microbatches, *x.shape[1:])
-        for name, x in batch.items()
-    }
-
-    def one(carry, part):
-        rng, total = carry
-        rng, part_rng = jax.random.split(rng)
-        if data_sharding is not None:
-            part = jax.lax.with_sharding_constraint(part, data_sharding)
-        (_, metrics), grads = grad_fn(train_state.params, part, part_rng)
-        total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
-        return (rng, total), dict(metrics)
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), train_state.params)
-    (_, grads), stacked = jax.lax.scan(one, (dropout_rng, zeros), parts)
-    metrics = jax.tree.map(lambda x: x[0], stacked)
-    for i in range(1, num_microbatches):
-        metrics = merge_metrics(metrics, jax.tree.map(lambda x, i=i: x[i], stacked))
-    return grads, metrics
-
-
-class Trainer(BaseTrainer):
-    """The ordinary trainer: a gradient step, over microbatches if asked."""
-
-    def __init__(
-        self,
-        *args: Any,
-        learning_rate_fn: Callable[[jax.Array], jax.Array],
-        num_microbatches: int | None,
-        weight_metrics_computer: None = None,
-        **kwargs: Any,
-    ):
-        """Prepare a trainer; what isn't named here goes to BaseTrainer.
-
-        Args:
-          learning_rate_fn: maps the step to the learning rate.
-          num_microbatches: into how many parts a batch is cut to save memory; None: not at all.
-          weight_metrics_computer: must be None; T5X has metrics of each weight.
-        """
-        name = "trainer.Trainer.weight_metrics_computer"
-        refuse(name, weight_metrics_computer, None, "has no metrics of single weights")
-        self._learning_rate_fn = learning_rate_fn
-        self._num_microbatches = num_microbatches
-        super().__init__(*args, **kwargs)
-
     @functools.cached_property
     def _partitioned_train_step(self) -> Step:
         spec = self._partitioner.data_partition_spec
@@ -365,3 +287,6 @@ class Trainer(BaseTrainer):
             in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
             out_axis_resources=None,
         )
+
+
+BaseTrainer = Trainer  # T5X has trainers of other kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from absl import logging
 from flax import traverse_util
 
 from t5x_sparsity.embedded import checkpoints, data, optimizers, train_state
-from t5x_sparsity.embedded.refusals import missing_from, refuse
+from t5x_sparsity.embedded.refusals import missing_from, refuse, refuse_options
 
 __getattr__ = missing_from(__name__)
 
@@ -28,7 +29,7 @@ flatten_dict_string_keys = optimizers.flatten
 
 _SAVE_DTYPES = (None, "float32", "bfloat16")
 _RESTORE_DTYPES = (None, "float32", "bfloat16", "float16")
-_RESTORE_MODES = ("specific", "latest", "all")
+_RESTORE_MODES = ("specific", "latest")
 
 
 def _one_of(binding: str, got: Any, allowed: Sequence[Any]) -> None:
@@ -48,8 +49,6 @@ class SaveCheckpointConfig:
       keep: how many checkpoints stay; None keeps all.
       save_dataset: save the position in the training data, so that a resumed run goes on with the
         batches that come next. Needs a fixed seed in the training DatasetConfig.
-      checkpoint_steps: must be None: checkpoints are saved every `period` steps.
-      state_transformation_fns: must be empty: the state is saved as it is.
     """
 
     dtype: str | None = "float32"
@@ -58,13 +57,11 @@ class SaveCheckpointConfig:
     keep: int | None = None
     save_dataset: bool = False
     state_transformation_fns: Sequence[Callable] = ()
-    checkpoint_manager_cls: Callable = checkpoints.OrbaxCheckpointManagerInterface
 
     def __post_init__(self):
-        steps, fns = tuple(self.checkpoint_steps or ()), tuple(self.state_transformation_fns)
-        name = "utils.SaveCheckpointConfig"
-        refuse(f"{name}.checkpoint_steps", steps, (), "saves every `period` steps")
-        refuse(f"{name}.state_transformation_fns", fns, (), "saves states as they are")
+        for name in ("checkpoint_steps", "state_transformation_fns"):
+            given = tuple(getattr(self, name) or ())
+            refuse(f"utils.SaveCheckpointConfig.{name}", given, (), "saves by `period` alone")
         _one_of("utils.SaveCheckpointConfig.dtype", self.dtype, _SAVE_DTYPES)
         for name in ("period", "keep"):
             value = getattr(self, name)
@@ -81,7 +78,7 @@ class RestoreCheckpointConfig:
     Attributes:
       path: a checkpoint (mode 'specific') or a folder of checkpoints (mode 'latest'); an empty
         sequence starts from scratch.
-      mode: 'specific' or 'latest'. ('all' is T5X's, for evaluation, and is refused in training.)
+      mode: 'specific' or 'latest'. T5X also has 'all', for evaluation.
       assignment_map: (regex, replacement) pairs. A leaf of the model whose whole name matches is
         read from the checkpoint's leaf of the replaced name; None as replacement leaves it out.
       strict: accepted for T5X's sake, where it is about TensorFlow checkpoints.
@@ -101,7 +98,6 @@ class RestoreCheckpointConfig:
     dtype: str | None = None
     restore_dataset: bool = False
     state_transformation_fns: Sequence[Callable] = ()
-    checkpoint_manager_cls: Callable = checkpoints.OrbaxCheckpointManagerInterface
 
     def __post_init__(self):
         _one_of("utils.RestoreCheckpointConfig.mode", self.mode, _RESTORE_MODES)
@@ -116,9 +112,8 @@ class RestoreCheckpointConfig:
     @property
     def transformations(self) -> tuple[Callable, ...]:
         """The assignment map, as a transformation, and the transformations after it."""
-        first = ()
-        if self.assignment_map is not None:
-            first = (_AssignmentMap(tuple(map(tuple, self.assignment_map))),)
+        rules = self.assignment_map
+        first = () if rules is None else (functools.partial(_assign, rules=tuple(rules)),)
         return (*first, *self.state_transformation_fns)
 
 
@@ -130,54 +125,48 @@ class CheckpointConfig:
     restore: RestoreCheckpointConfig | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _AssignmentMap:
-    rules: tuple[tuple[str, str | None], ...]
-
-    def __call__(self, saved: Mapping, expected: Mapping, *, is_resuming: bool = False) -> Mapping:
-        if is_resuming:
-            return saved
-        source = traverse_util.flatten_dict(saved, sep="/")
-        result, taken, skipped, used = {}, set(), set(), set()
-        for name in traverse_util.flatten_dict(expected, sep="/"):
-            for pattern, replacement in self.rules:
-                match = re.fullmatch(pattern, name)
-                if match is None:
-                    continue
-                used.add(pattern)
-                if replacement is None:
-                    skipped.add(name)
-                else:
-                    old = match.expand(replacement)
-                    if old not in source:
-                        raise ValueError(
-                            f"assignment_map {pattern!r} -> {replacement!r} reads {name!r} from "
-                            f"{old!r}, which the checkpoint doesn't hold."
-                        )
-                    result[name] = source[old]
-                    taken.add(old)
-                break
-        unused = [pattern for pattern, _ in self.rules if pattern not in used]
-        if unused:
+def _assign(
+    saved: Mapping, expected: Mapping, *, rules: Sequence, is_resuming: bool = False
+) -> Mapping:
+    """The state transformation of an assignment map."""
+    if is_resuming:
+        return saved
+    source = traverse_util.flatten_dict(saved, sep="/")
+    result, taken, used = {}, set(), set()  # taken: names not to be copied as they are
+    for name in traverse_util.flatten_dict(expected, sep="/"):
+        tried = ((re.fullmatch(rule[0], name), *rule) for rule in rules)
+        match, pattern, replacement = next((t for t in tried if t[0]), (None, None, None))
+        if match is None:
+            continue
+        used.add(pattern)
+        old = name if replacement is None else match.expand(replacement)
+        taken.add(old)
+        if replacement is None:
+            continue
+        if old not in source:
             raise ValueError(
-                f"utils.RestoreCheckpointConfig.assignment_map: {unused} match no leaf of the "
-                "model's state. Patterns match whole names, such as r'state/param_states/.*'."
+                f"assignment_map {pattern!r} -> {replacement!r} reads {name!r} from "
+                f"{old!r}, which the checkpoint doesn't hold."
             )
-        for name, leaf in source.items():
-            if name not in taken and name not in skipped:
-                result.setdefault(name, leaf)
-        return traverse_util.unflatten_dict(result, sep="/")
+        result[name] = source[old]
+    unused = [pattern for pattern, _ in rules if pattern not in used]
+    if unused:
+        raise ValueError(
+            f"utils.RestoreCheckpointConfig.assignment_map: {unused} match no leaf of the "
+            "model's state. Patterns match whole names, such as r'state/param_states/.*'."
+        )
+    kept = {name: leaf for name, leaf in source.items() if name not in taken}
+    return traverse_util.unflatten_dict({**kept, **result}, sep="/")
 
 
 def create_learning_rate_scheduler(
     factors: str = "constant * linear_warmup * rsqrt_decay",
     base_learning_rate: float = 0.5,
     warmup_steps: int = 1000,
-    decay_factor: float = 0.5,
-    steps_per_decay: int = 20000,
     steps_per_cycle: int = 100000,
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
+    **only_in_t5x: Any,
 ) -> Callable[[jax.Array], jax.Array]:
     """The product of the named factors as a function of the step, never below `min_learning_rate`.
 
@@ -185,22 +174,17 @@ def create_learning_rate_scheduler(
 
     - constant: base_learning_rate
     - linear_warmup: min(1, s / w)
-    - linear_decay: base_learning_rate * min(s / w, 1 + decay_factor * (w - s))
     - rsqrt_decay: 1 / sqrt(max(s, w))
     - rsqrt_normalized_decay: sqrt(w / max(s, w))
-    - decay_every: decay_factor ** (s // steps_per_decay)
     - cosine_decay: (1 + cos(pi * p)) / 2, p = max(0, s - w) / steps_per_cycle modulo 1
     """
+    refuse_options("utils.create_learning_rate_scheduler", only_in_t5x)
     warmup = warmup_steps
     table: dict[str, Callable[[jax.Array], jax.Array]] = {
         "constant": lambda s: base_learning_rate,
         "linear_warmup": lambda s: jnp.minimum(1.0, s / warmup),
-        "linear_decay": lambda s: (
-            base_learning_rate * jnp.minimum(s / warmup, 1.0 + decay_factor * (warmup - s))
-        ),
         "rsqrt_decay": lambda s: jax.lax.rsqrt(jnp.maximum(s, warmup).astype(jnp.float32)),
         "rsqrt_normalized_decay": lambda s: jnp.sqrt(warmup / jnp.maximum(s, warmup)),
-        "decay_every": lambda s: decay_factor ** (s // steps_per_decay),
         "cosine_decay": lambda s: (
             0.5 + 0.5 * jnp.cos(jnp.pi * (jnp.maximum(0.0, s - warmup) / steps_per_cycle % 1.0))
         ),
@@ -210,9 +194,9 @@ def create_learning_rate_scheduler(
         if name not in table:
             raise ValueError(
                 f"utils.create_learning_rate_scheduler.factors = {factors!r} names the factor "
-                f"{name!r}; the factors are {', '.join(table)}."
+                f"{name!r}; the factors are {', '.join(table)}. T5X has others."
             )
-    uses_ratio = {"linear_warmup", "linear_decay", "rsqrt_normalized_decay", "rsqrt_decay"}
+    uses_ratio = {"linear_warmup", "rsqrt_normalized_decay", "rsqrt_decay"}
     if warmup < 1 and uses_ratio & set(names):
         raise ValueError(
             f"utils.create_learning_rate_scheduler.warmup_steps is {warmup}; with "
@@ -232,9 +216,8 @@ def create_learning_rate_scheduler(
 class TrainStateInitializer:
     """Makes the train state, sharded from the start, and knows its shapes and axes.
 
-    Attributes:
-      global_train_state_shape: the train state with a jax.ShapeDtypeStruct for each array.
-      train_state_axes: the train state with a PartitionSpec (or None) for each array.
+    `global_train_state_shape` has a jax.ShapeDtypeStruct for each array, `train_state_axes` a
+    PartitionSpec (or None).
     """
 
     def __init__(
@@ -245,15 +228,7 @@ class TrainStateInitializer:
         partitioner: Any,
         input_types: Mapping[str, Any] | None = None,
     ):
-        """Trace the initialization; nothing is computed yet.
-
-        Args:
-          optimizer_def: the optimizer. T5X takes None for inference; here it is a ValueError.
-          init_fn: called with rng=, input_shapes=, input_types=; returns the model's variables.
-          input_shapes: the shape of each feature of a whole batch.
-          partitioner: says which array lies where.
-          input_types: the dtype of each feature.
-        """
+        """Trace the initialization; nothing is computed yet. Shapes are those of a whole batch."""
         if optimizer_def is None:
             raise ValueError(
                 "The model has no optimizer_def: the embedded host only trains. Set the model's "
@@ -282,10 +257,10 @@ class TrainStateInitializer:
         return make(init_rng)
 
 
-def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any) -> None:
-    """Write one line for each array of the state (name, size, shape, partition spec) to a file.
+def log_model_info(log_file: str, full_train_state: Any, partitioner: Any) -> None:
+    """Write one line for each array of the state to a file.
 
-    The shape names its logical axes where they are known, such as (embed=512, mlp=1024).
+    A line is its name, size, shape, dtype, logical axes and partition spec; weights come first.
     """
     shapes = flatten_dict_string_keys(full_train_state.state_dict())
     logical = flatten_dict_string_keys(partitioner.get_logical_axes(full_train_state).state_dict())
@@ -293,16 +268,10 @@ def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any
     lines, weights = [], 0
     for name in sorted(shapes, key=lambda key: (not key.startswith("target/"), key)):
         leaf = shapes[name]
-        if not hasattr(leaf, "shape"):
-            continue
-        weights += leaf.size if name.startswith("target/") else 0
-        shape, axes = str(tuple(leaf.shape)), tuple(logical.get(name) or ())
-        if axes and len(axes) == len(leaf.shape):
-            named = (f"{axis}={length}" for axis, length in zip(axes, leaf.shape, strict=True))
-            shape = f"({', '.join(named)})"
-        spec = None if placed.get(name) is None else tuple(placed[name])
-        lines.append(f"{name:<72} {leaf.size:>12} {shape:<40} {leaf.dtype} {spec}")
+        if hasattr(leaf, "shape"):
+            weights += leaf.size if name.startswith("target/") else 0
+            axes = [spec and tuple(spec) for spec in (logical.get(name), placed.get(name))]
+            lines.append(f"{name:<72} {leaf.size:>12} {leaf.shape!s:<20} {leaf.dtype} {axes}")
     logging.info("The model has %s weights.", f"{weights:,}")
-    if log_file is not None:
-        with open(log_file, "w", encoding="utf-8") as out:
-            out.write(f"Weights in all: {weights}\n\n" + "\n".join(lines) + "\n")
+    with open(log_file, "w", encoding="utf-8") as out:
+        out.write(f"Weights in all: {weights}\n\n" + "\n".join(lines) + "\n")

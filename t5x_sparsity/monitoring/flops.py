@@ -1,9 +1,9 @@
-"""What sparse training costs in multiply-adds, were zeros skipped (RigL's appendix H).
+"""The FLOPs of sparse training if zeros were skipped (Evci et al. 2020, arXiv:1911.11134, H).
 
-Evci et al. 2020, arXiv:1911.11134. A weight that each token meets once takes 2 FLOPs a token in the
-forward pass if it is kept, 2 more for the gradient of the layer's input, and 2 for its own
-gradient, which some algorithms need of pruned weights too: see `Algorithm.densities`. Dense
-kernels skip nothing; these figures say what a sparse machine could save.
+A weight that each token meets once takes 2 FLOPs per token in the forward pass if it is kept, 2
+more for the gradient of the layer's input, and 2 for its own gradient, which some algorithms also
+need for pruned weights: see `Algorithm.densities`. Dense kernels skip nothing; these figures say
+what a sparse machine could save.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from t5x_sparsity.core.plan import by_algorithm
 from t5x_sparsity.core.schedules import Periodic, last_update
 from t5x_sparsity.monitoring.matrix_products import Products
 
-# A ramp of fewer updates than this is a jump or two.
+# A ramp of fewer updates than this is not smooth.
 _FEW_UPDATES = 5
-# A run of more steps than this is judged by as many of them, evenly spaced.
+# Of more steps than this, so many are computed, evenly spaced.
 _SAMPLES = 512
 
 
 def forward_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
-    """FLOPs a token of one forward pass through the sparse weights at `step`.
+    """FLOPs per token of one forward pass through the sparse weights at `step`.
 
-    densities: path -> share of the weight's entries that its mask keeps, in [0, 1].
+    densities: path -> share of the weight that its mask keeps, in [0, 1].
     """
     return sum(
         2 * layer.size * layer.algorithm.densities(densities[p], step)[0]
@@ -36,7 +36,7 @@ def forward_flops(plan: Plan, densities: Mapping[str, float], step: int) -> floa
 
 
 def train_step_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
-    """FLOPs a token of the train step at `step`, of the sparse weights."""
+    """FLOPs per token of the train step at `step`, of the sparse weights; see `forward_flops`."""
     total = 0.0
     for path, layer in plan.items():
         forward, gradient = layer.algorithm.densities(densities[path], step)
@@ -45,16 +45,16 @@ def train_step_flops(plan: Plan, densities: Mapping[str, float], step: int) -> f
 
 
 def dense_forward_flops(plan: Plan) -> float:
-    """FLOPs a token of one forward pass through the same weights, were they dense."""
+    """FLOPs per token of one forward pass through the same weights if they were dense."""
     return 2.0 * sum(layer.size for layer in plan.values())
 
 
 class RunFlops(NamedTuple):
-    """FLOPs of a run's matrix products, were zeros skipped, dense weights and attention included.
+    """FLOPs of a run's matrix products if zeros were skipped, with dense weights and attention.
 
     Attributes:
       dense_forward: of one forward pass of the dense model over a batch.
-      forward: of the same with the masks that the run ends with.
+      forward: of one forward pass over a batch with the last masks.
       dense_training: of all train steps of a dense run.
       training: of all train steps of this one.
     """
@@ -74,18 +74,15 @@ def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
 
 
 class FlopsSoFar:
-    """Adds up a run's FLOPs as it goes, on the host, from its schedules.
-
-    See `Algorithm.mask_densities`.
-    """
+    """Counts a run's FLOPs while it runs, on the host, from `Algorithm.mask_densities`."""
 
     def __init__(self, plan: Plan, products: Products, first_step: int = 0):
-        """Starts at `first_step`, with nothing spent. products: of the loss of one batch."""
+        """Starts at 0 FLOPs before `first_step`. products: of the loss of one batch."""
         self._sparse = {p: products.of_weights[p] for p in plan}
         self._dense = products.total
         self._rest = self._dense - sum(self._sparse.values())
         self._groups = by_algorithm(plan)
-        # of each group, the updates that a step from here on may be after
+        # of each group, the last update before the next step
         lasts = [last_update(a.updates, first_step) for a, _ in self._groups]
         self._updates = [[] if t is None else [t] for t in lasts]
         # of each group, the densities of its masks after an update
@@ -94,7 +91,7 @@ class FlopsSoFar:
         self._spent = 0.0
 
     def advance(self, step: int) -> RunFlops:
-        """What all steps before `step` come to, and a forward pass with the masks then.
+        """The FLOPs of all steps before `step`, and of a forward pass with the masks at `step`.
 
         Raises:
           ValueError: `step` is before one that has been counted.
@@ -108,7 +105,7 @@ class FlopsSoFar:
             updates = np.asarray(self._updates[i] + new, np.int64)
             is_update = np.zeros(step - self._step, bool)
             is_update[np.asarray(new, np.int64) - self._step] = True
-            # an update's step is counted apart: it may need gradients of all weights
+            # update steps are counted separately: they may need gradients of all weights
             for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
                 chosen = _evenly(steps)
                 spent = [self._of_step(i, updates, int(t) + self._step) for t in chosen]
@@ -150,7 +147,7 @@ def _evenly(steps: np.ndarray) -> np.ndarray:
 
 
 def ramp_warnings(plan: Plan) -> list[str]:
-    """What to say of methods whose level rises along a ramp, in so few updates that it jumps."""
+    """Warnings about algorithms that ramp up their level in too few updates to be smooth."""
     found = []
     for algorithm, part in by_algorithm(plan):
         updates, path = algorithm.updates, next(iter(part))
@@ -160,7 +157,7 @@ def ramp_warnings(plan: Plan) -> list[str]:
             continue
         steps = [t for t in range(updates.begin, updates.end + 1) if updates.is_update(t)]
         levels = [1 - algorithm.mask_densities(part, t)[path] for t in steps]
-        # others go up and down by design
+        # levels of other algorithms go up and down by design
         rises = levels == sorted(levels) and levels[0] < levels[-1]
         if rises and len(steps) < _FEW_UPDATES:
             found.append(

@@ -1,8 +1,8 @@
-"""What a run reports of its masks as it goes: numbers by name, images and histograms.
+"""What a run reports about its masks: numbers by name, images and histograms.
 
-Names are `<quantity>/<path of the weight>` and `<quantity>/total`, which TensorBoard folds by
-quantity. Functions of arrays are traceable and small enough in what they return to be read on the
-host once a stats period.
+Names are `<quantity>/<path of the weight>` and `<quantity>/total`; TensorBoard groups them by
+quantity. Functions of arrays are traceable, and their results small enough to be read on the host
+once per stats period.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.contract import LayerPlan, Plan
+from t5x_sparsity.core.contract import Arrays, LayerPlan, Plan
 from t5x_sparsity.core.plan import by_algorithm
 from t5x_sparsity.core.schedules import last_update
 from t5x_sparsity.monitoring.flops import RunFlops
 from t5x_sparsity.monitoring.summary import TOTAL, is_global, kept_counts
 
-Arrays = Mapping[str, jax.Array]
-
-# An image has at most so many cells along an axis.
+# The most cells of an image along an axis.
 IMAGE_CELLS = 128
 
 
 def mask_counts(stored: Arrays, before: Arrays, explored: Arrays) -> jax.Array:
     """Counts of every weight: float32 [4, weights], in the order of their paths.
 
-    The rows are the weights kept, grown and dropped since `before`, and ever kept; the last are 0
-    where `explored` is empty. Float32 rounds counts of more than 2^24, which is fine for a curve.
+    The rows count what is kept, what was grown and what was dropped since `before`, and what has
+    ever been kept; the last row is 0 where `explored` is empty. Float32 rounds counts above 2^24,
+    which is fine for a curve. All masks are as they are stored.
     """
     paths = sorted(stored)
     rows = [
@@ -47,9 +46,9 @@ def mask_counts(stored: Arrays, before: Arrays, explored: Arrays) -> jax.Array:
 
 
 def scheduled_sparsities(plan: Plan, step: int) -> dict[str, float]:
-    """The sparsity that masks should have after the updates before `step`, by path, and 'total'.
+    """The target sparsity after the updates before `step`: by path, and 'total'.
 
-    Layers under one threshold have none of their own, only the total counts them.
+    Layers that share one threshold have no target; they count in the total only.
     """
     levels, total, size = {}, 0.0, 0
     for algorithm, part in by_algorithm(plan):
@@ -73,17 +72,17 @@ def mask_scalars(
 ) -> dict[str, float]:
     """The numbers of one stats period.
 
-    `sparsity/...` and `sparsity_target/...` are in [0, 1], and so is `mask_explored/...`, the share
-    ever kept. Of weights whose mask was updated, `mask_grown/...` and `mask_dropped/...` count
-    entries, and `mask_churn/...` is the share of those kept now that weren't before, in [0, 1];
-    their totals are over such weights.
+    `sparsity/...`, `sparsity_target/...` and `mask_explored/...`, the share ever kept, are in
+    [0, 1]. For weights whose mask was updated, `mask_grown/...` and `mask_dropped/...` are counts,
+    and `mask_churn/...` is the share of what is kept now that wasn't before, in [0, 1]. The totals
+    of these three are over such weights only.
 
     Args:
       plan: of the sparse weights.
       counts: what `mask_counts` returned.
       targets: what `scheduled_sparsities` returned.
-      updated: paths of the weights whose `counts` are of before and after a mask update.
-      explored: whether they are of weights ever kept.
+      updated: paths of the weights whose mask was updated between the two masks of `counts`.
+      explored: whether `counts` has what was ever kept.
     """
     columns = {p: counts[:, i].astype(np.float64) for i, p in enumerate(sorted(plan))}
     scalars = {f"sparsity_target/{p}": float(level) for p, level in targets.items()}
@@ -102,12 +101,12 @@ def mask_scalars(
 
 
 def _rows(paths: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
-    """Each weight by itself, and all together."""
+    """Names with their paths: each weight, and all together."""
     return [*((p, [p]) for p in paths), (TOTAL, paths)] if paths else []
 
 
 def flops_scalars(flops: RunFlops) -> dict[str, float]:
-    """`flops/...`: of training so far and of a forward pass, sparse, dense and as a share."""
+    """`flops/...`: of training so far and of a forward pass; sparse, dense and their ratio."""
     scalars = {
         "flops/training": flops.training,
         "flops/training_dense": flops.dense_training,
@@ -122,11 +121,11 @@ def flops_scalars(flops: RunFlops) -> dict[str, float]:
 
 
 def mask_pictures(plan: Plan, stored: Arrays) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Of each weight's first slice the share kept in each cell, and the fan-in of each neuron.
+    """For each weight's first slice, the share kept per cell, and the fan-in of each neuron.
 
     Returns:
       path -> (float32 [rows, columns] in [0, 1], float32 [outputs]). Rows are inputs and columns
-      output neurons, up to IMAGE_CELLS of each; a small weight has a cell a weight.
+      output neurons, up to IMAGE_CELLS of each; a small weight has one cell per entry.
     """
     return {p: _picture(plan[p], stored[p]) for p in stored}
 
@@ -137,7 +136,7 @@ def _picture(layer: LayerPlan, stored: jax.Array) -> tuple[jax.Array, jax.Array]
         mask = jax.lax.index_in_dim(mask, 0, axis, keepdims=False)
     n = len(layer.output_axes)
     inputs, outputs = mask.shape[:-n], mask.shape[-n:]
-    # products with ones and zeros, so that a split weight is summed where it lies
+    # products with ones and zeros, so that each device sums its shard
     letters = "abcdefgh"[: mask.ndim]
     kept = jnp.einsum(
         f"x{letters[:-n]},{letters},y{letters[-n:]}->xy",
@@ -151,25 +150,25 @@ def _picture(layer: LayerPlan, stored: jax.Array) -> tuple[jax.Array, jax.Array]
     return kept / sizes.astype(np.float32), fan_in.reshape(-1).astype(jnp.float32)
 
 
-def _entries_of_a_cell(shape: Sequence[int]) -> int:
+def _entries_per_cell(shape: Sequence[int]) -> int:
     return -(-math.prod(shape) // IMAGE_CELLS)
 
 
 def _cell_sizes(shape: Sequence[int]) -> np.ndarray:
     """The entries of each cell; the last may have fewer than the others."""
-    size, n = math.prod(shape), _entries_of_a_cell(shape)
+    size, n = math.prod(shape), _entries_per_cell(shape)
     return np.diff([*range(0, size, n), size])
 
 
 def _cells(shape: Sequence[int]) -> jax.Array:
-    """bfloat16 [cells, *shape]: 1 where an entry is of the cell, a run of entries in C order."""
-    index = jax.lax.iota(jnp.int32, math.prod(shape)) // _entries_of_a_cell(shape)
+    """bfloat16 [cells, *shape]: 1 for the entries of a cell, consecutive in C order."""
+    index = jax.lax.iota(jnp.int32, math.prod(shape)) // _entries_per_cell(shape)
     cells = jax.lax.iota(jnp.int32, len(_cell_sizes(shape)))
     return (cells[:, None] == index).astype(jnp.bfloat16).reshape(-1, *shape)
 
 
 def pictured(plan: Plan, most: int = 12) -> list[str]:
-    """Paths of the weights that a run shows images of: all, or `most` from first to last."""
+    """Paths of the weights with images: all, or `most` of them, evenly spaced."""
     paths = list(plan)
     if len(paths) <= most:
         return paths

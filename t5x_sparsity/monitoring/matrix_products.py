@@ -1,7 +1,8 @@
-"""The matrix products of a model, and which weight takes part in each, read off its trace.
+"""Counts the matrix products of a model, by weight, from its jaxpr.
 
-Counts multiply-adds only, as papers on sparsity do: a look-up is free, also where it is written as
-a product with a one-hot matrix. Loops count as often as they turn, if that is known.
+Only multiply-adds count, as in papers on sparsity. A look-up is free, even where it is written as a
+product with a one-hot matrix. The body of a loop counts once per iteration if their number is
+known, and once if it is not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.extend import core
 
 from t5x_sparsity.core.trees import flatten
 
-# What leaves the entries of an array what they are, or scales all alike.
+# Primitives that keep the entries of an array, or some of them.
 _SAME_ENTRIES = frozenset(
     {
         "broadcast_in_dim",
@@ -34,14 +35,14 @@ _SAME_ENTRIES = frozenset(
         "transpose",
     }
 )
-# In a tag's place: a matrix of zeros and ones that picks entries.
+# The tag of a matrix of zeros and ones that selects entries.
 _SELECTOR = "one-hot"
 
 Tag = Mapping[str, float] | str | None
 
 
 class Products(NamedTuple):
-    """FLOPs of the matrix products of one call, two a multiply-add.
+    """FLOPs of the matrix products of one call, two per multiply-add.
 
     Attributes:
       of_weights: path -> FLOPs of the products with that weight; 0 where there are none.
@@ -72,13 +73,13 @@ def count_products(fn: Callable, weights: Any, *arguments: Any) -> Products:
 
 
 def loss_products(model: Any, train_state: Any, batch: Mapping[str, Any]) -> Products:
-    """Counts the products of a T5X model's loss of one batch; shapes will do for all arrays."""
+    """Counts the products of a T5X model's loss of one batch; arrays may be given as shapes."""
     mutables = getattr(train_state, "flax_mutables", None)
 
     def loss(params, batch, *more):
         return model.loss_fn(params, batch, None, *more)
 
-    # T5X's models that have such variables take them as well
+    # T5X's models with such variables take them as another argument
     return count_products(loss, train_state.params, batch, *((mutables,) if mutables else ()))
 
 
@@ -90,7 +91,7 @@ class _Counter:
     def walk(
         self, jaxpr: core.Jaxpr, tags: list[Tag], times: float, consts: Sequence[Any] = ()
     ) -> list[Tag]:
-        """Adds what `times` runs come to; returns the tags of the results."""
+        """Counts `times` runs of the jaxpr; returns the tags of its results."""
         known = {v: tag for v, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
         known |= {
             v: _SELECTOR for v, x in zip(jaxpr.constvars, consts, strict=False) if _is_one_hot(x)
@@ -127,10 +128,10 @@ class _Counter:
             return [_joined(tags, [v.aval.size for v in eqn.invars])]
         elif name == "scan":
             body = params["jaxpr"].jaxpr
-            # constants, then what is carried on, then what is cut along its first axis; JAX has
-            # changed how it says how many there are of each
-            carried = _alike(eqn.outvars, body.outvars)
-            consts = _alike(eqn.invars, body.invars) - carried
+            # constants, then carried values, then what is sliced along its first axis; counted by
+            # shape, because JAX has changed the parameters that say how many there are of each
+            carried = _same_shapes(eqn.outvars, body.outvars)
+            consts = _same_shapes(eqn.invars, body.invars) - carried
             inner = [*tags[:consts], *[None] * carried, *tags[consts + carried :]]
             self.walk(body, inner, times * params["length"])
         elif name == "while":
@@ -154,7 +155,7 @@ class _Counter:
             self.counts[path] += share * flops
 
     def _call(self, params: Mapping[str, Any], tags: list[Tag], times: float) -> list[Tag]:
-        """What calls a function, under whatever name: jit, remat, custom derivatives."""
+        """Any primitive that calls a function: jit, remat, custom derivatives."""
         for value in params.values():
             inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
             if isinstance(inner, core.Jaxpr) and len(inner.invars) == len(tags):
@@ -173,13 +174,13 @@ class _Counter:
         return found
 
 
-def _alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many variables of a loop have the shape that its body sees."""
+def _same_shapes(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many variables of a loop have the same shape inside its body."""
     return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
 
 
 def _is_one_hot(x: Any) -> bool:
-    """Whether a constant picks an entry a row."""
+    """Whether a constant selects one entry per row."""
     if getattr(x, "ndim", 0) < 2 or x.size == 0:
         return False
     x = np.asarray(x).astype(np.float32)
@@ -187,7 +188,7 @@ def _is_one_hot(x: Any) -> bool:
 
 
 def _joined(tags: list[Tag], sizes: list[int]) -> Tag:
-    """The tag of several weights side by side: each takes its share of a product."""
+    """The tag of concatenated weights: a product is shared in proportion to their sizes."""
     if not all(isinstance(t, Mapping) for t in tags):
         return None
     total: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What a run reports about its sparsity."""
+"""Summaries of the sparsity of a run, by weight and in total."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_sparsity.core.contract import LayerPlan, Plan
+from t5x_sparsity.core.contract import Arrays, LayerPlan, Plan
 from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.monitoring.text_table import text_table
 from t5x_sparsity.transformation import find_state
@@ -24,9 +24,9 @@ class LayerSummary(NamedTuple):
     Attributes:
       path: of the weight; 'total' for the last row.
       shape: of the weight, () for the total.
-      size: weights in all.
-      kept: weights not pruned.
-      target: sparsity asked for, None where unknown, or where only the total has one.
+      size: number of weights.
+      kept: number of weights that are not pruned.
+      target: sparsity asked for, in [0, 1]; None where unknown, or where only the total has one.
     """
 
     path: str
@@ -41,10 +41,11 @@ class LayerSummary(NamedTuple):
         return 1 - self.kept / self.size if self.size else 0.0
 
 
-def kept_counts(stored: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Weights kept by every stored mask, as int32 counts of a few rows (see `total_kept`).
+def kept_counts(stored: Arrays) -> dict[str, jax.Array]:
+    """Weights kept by every stored mask, as int32 counts of parts of it, for `total_kept`.
 
-    Traceable, and small enough to read on the host: a weight may hold more than an int32 can count.
+    Traceable, and small enough to be read on the host. There are several counts per weight because
+    a weight may hold more than an int32 can count.
     """
     return {p: _row_counts(m) for p, m in stored.items()}
 
@@ -54,7 +55,7 @@ def _row_counts(stored: jax.Array) -> jax.Array:
     rows = max(
         (a for a in range(stored.ndim) if stored.shape[a] <= 256),
         key=lambda a: stored.shape[a],
-        # of a huge weight without so short an axis, the shortest that there is
+        # of a huge weight without such an axis, the shortest
         default=min(range(stored.ndim), key=lambda a: stored.shape[a])
         if 8 * stored.size >= 1 << 31
         else None,
@@ -64,14 +65,20 @@ def _row_counts(stored: jax.Array) -> jax.Array:
 
 
 def total_kept(counts: Any) -> int:
-    """Sums counts on the host, exactly."""
+    """The exact sum of counts, on the host."""
     return int(np.asarray(counts, np.int64).sum())
 
 
 def summarize(
     shapes: Mapping[str, Sequence[int]], kept: Mapping[str, int], plan: Plan | None = None
 ) -> list[LayerSummary]:
-    """Rows by path, the total last. kept: path -> weights kept, for sparse weights only."""
+    """One row per sparse weight, by path, and the total last.
+
+    Args:
+      shapes: path -> shape, of at least the sparse weights.
+      kept: path -> number of weights kept, of sparse weights only.
+      plan: of the sparse weights, for their targets.
+    """
     rows = [
         LayerSummary(
             path=p,
@@ -90,14 +97,33 @@ def summarize(
 
 
 def is_global(layer: LayerPlan) -> bool:
-    """Whether a weight has no level of its own: one threshold decides on it and on others."""
+    """Whether a weight shares one threshold with others, and so has no target level."""
     return layer.in_budget and layer.algorithm is not None and layer.algorithm.is_global
 
 
 def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:
-    """Per-weight and total sparsity of a run by `sparsify`; reads the device.
+    """The sparsity of every sparse weight, and in total, of a run with `sparsify`.
 
-    state: what `sparsify(...).init` or `update` returned, or a state that holds it.
+    >>> import jax.numpy as jnp, optax, t5x_sparsity as ts
+    >>> tx = ts.sparsify(optax.sgd(0.1), ts.Static(), sparsity=0.75)
+    >>> params = {"wi": jnp.ones((8, 16)), "wo": jnp.ones((16, 8)), "scale": jnp.ones(8)}
+    >>> rows = ts.sparsity_summary(params, tx.init(params))
+    >>> print(ts.summary_table(rows))
+    weight      shape    weights    kept    target    actual
+    --------  -------  ---------  ------  --------  --------
+    wi           8x16        128      32            75.0000%
+    wo           16x8        128      32            75.0000%
+    total                    256      64            75.0000%
+
+    Args:
+      params: the tree that `sparsify(...).init` was called with.
+      state: what `init` or `update` returned, or a state that holds it.
+
+    Returns:
+      One row per weight, by path, and the total last. Masks are read from the device.
+
+    Raises:
+      ValueError: no state of `sparsify` in `state`, or several.
     """
     shapes = {p: x.shape for p, x in flatten(params).items()}
     counts = kept_counts(find_state(state).sparsity.masks)
@@ -105,7 +131,7 @@ def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:
 
 
 def summary_table(rows: Sequence[LayerSummary]) -> str:
-    """The rows as text, a line per weight; it takes no library, as optax users have none."""
+    """The rows as a table in plain text, one line per weight; see `sparsity_summary`."""
     return text_table(
         [
             (

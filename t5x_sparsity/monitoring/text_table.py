@@ -1,4 +1,4 @@
-"""Tables as plain text: the same on a terminal, in a pipe and in a file, and never cut."""
+"""Tables as plain text: the same on a terminal, in a pipe and in a file, never truncated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Iterable[Sequence[str]], *, headers: Sequence[str], align: str) -> str:
-    """The rows under their headers, which a line of dashes divides from them.
+    """The rows under their headers, with a line of dashes between.
+
+    >>> print(text_table([("a", "10"), ("b", "5")], headers=("name", "size"), align="lr"))
+    name      size
+    ------  ------
+    a           10
+    b            5
 
     Args:
       rows: text, one per column.
@@ -15,7 +21,7 @@ def text_table(rows: Iterable[Sequence[str]], *, headers: Sequence[str], align: 
     """
     rows = [[cell.strip() for cell in row] for row in rows]
     columns = zip(headers, *rows, strict=True)
-    # a header has two blanks more, so that columns of short values stand apart
+    # columns are two blanks wider than their header, which separates short values
     widths = [max(len(header) + 2, *map(len, cells), 0) for header, *cells in columns]
     justify = [str.ljust if a == "l" else str.rjust for a in align]
 

@@ -249,7 +249,7 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 
 class _Scaled:
-    """A table in units in which everything is of order 1: logs around their means."""
+    """A table in units in which all numbers are of order 1: logarithms less their means."""
 
     def __init__(self, table: Table):
         log_n, log_d, log_l = np.log(table.nonzero), np.log(table.tokens), np.log(table.loss)
@@ -289,7 +289,7 @@ class _Scaled:
         return x
 
     def minimize(self, x: np.ndarray, delta: float) -> np.ndarray | None:
-        """The minimum near x; None if it isn't found."""
+        """The minimum that is found from x; None if none is."""
         for loss, scale in (("linear", 1.0), ("huber", delta)):
             # the method works inside its bounds, and a loss of 0 has no logarithm
             x = np.clip(x, _LOW + 1e-9, _HIGH - 1e-9)
@@ -305,7 +305,7 @@ class _Scaled:
         return x if found.status > 0 else self._polish(x, delta)
 
     def _polish(self, x: np.ndarray, delta: float) -> np.ndarray | None:
-        """The same, where residuals beyond delta, which have no curvature, make it slow."""
+        """The same by another method; residuals beyond delta, without curvature, slow the first."""
 
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
             residuals = self.residuals(x)
@@ -313,7 +313,7 @@ class _Scaled:
             return huber(residuals, delta).mean() / delta**2, pull @ self.slopes(x) / delta**2
 
         with warnings.catch_warnings():
-            # of steps that it clips to the bounds by itself
+            # SLSQP warns of steps that it clips to the bounds
             warnings.simplefilter("ignore", RuntimeWarning)
             bounds = list(zip(_LOW + 1e-9, _HIGH, strict=True))
             found = minimize(

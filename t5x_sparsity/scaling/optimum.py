@@ -29,7 +29,7 @@ from t5x_sparsity.scaling.law import Law
 COSTS = {"gradual": (5 / 8, 3 / 8), "dense": (0.0, 1.0), "sparse": (1.0, 0.0)}
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
 MAX_SPARSITY = 0.999
-# More weights than any model has; a law fitted to noise may ask for them.
+# No model has more weights; a law fitted to noise may ask for more.
 MAX_SIZE = 1e18
 
 
@@ -85,7 +85,7 @@ def optimum(
       max_sparsity: the most to consider, in [0, 1).
 
     Raises:
-      ValueError: the law says more weights, or more tokens, for nothing at all.
+      ValueError: the law's loss doesn't depend on weights, or on tokens.
       OverflowError: its loss at this compute and size is beyond float64.
     """
     if not law.a_d or not law.a_s + law.c_s:

@@ -27,8 +27,8 @@ def check(config: Config) -> None:
     """A gin finalize hook.
 
     Raises:
-      ValueError: one half of the include is overridden, a macro of ours, or one that looks like
-        ours, is bound and nobody reads it, or the run's length is not the one that shares are of.
+      ValueError: one half of the include is overridden; or a macro that is bound, and is ours or
+        looks like it, is read by nothing; or shares are not of the run's length.
     """
     _check_both_halves(config)
     _check_macros(config)

@@ -9,7 +9,12 @@ from typing import Any
 from t5x_sparsity import host
 from t5x_sparsity.core.config import SparsityConfig
 from t5x_sparsity.t5x.checkpoints import check_sources
-from t5x_sparsity.t5x.optimizer import SparseOptimizer, sparsity_leaves, with_optimizer
+from t5x_sparsity.t5x.optimizer import (
+    SparseOptimizer,
+    optimizer_of,
+    sparsity_leaves,
+    with_optimizer,
+)
 
 
 class SparseTrainStateInitializer(host.TrainStateInitializer):
@@ -31,7 +36,7 @@ class SparseTrainStateInitializer(host.TrainStateInitializer):
         model_dir: str | None = None,
         checkpoint_cfg: Any = None,
     ):
-        """As T5X's, and beside it:
+        """Takes what T5X's takes, and more.
 
         Args:
           config: what is made sparse, and how.
@@ -59,7 +64,7 @@ class SparseTrainStateInitializer(host.TrainStateInitializer):
 
     def from_scratch(self, init_rng):
         state = super().from_scratch(init_rng)
-        optimizer = getattr(getattr(state, "_optimizer", None), "optimizer_def", None)
+        optimizer = optimizer_of(state)
         return state if optimizer is None else with_optimizer(state, optimizer.filling_in())
 
     def _check_masks_divide(self) -> None:

@@ -1,10 +1,11 @@
-"""The optimizer that T5X is given: the run's own, with masks beside its state."""
+"""The optimizer that T5X is given: the run's own, with masks next to its state."""
 
 from __future__ import annotations
 
 import copy
 import enum
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.core
@@ -38,7 +39,7 @@ class StepKind(enum.Enum):
 
 @flax.struct.dataclass
 class SparseOptimizerState:
-    """State of the base optimizer, and of sparsity beside it.
+    """State of the base optimizer, and of sparsity next to it.
 
     In a checkpoint: `state/step`, `state/param_states/...` as the base lays them out,
     `state/sparsity/masks/<path of the weight>`, `state/sparsity/rng` and, for the algorithms that
@@ -53,9 +54,9 @@ class SparseOptimizerState:
 class SparseOptimizer(host.OptimizerDef):
     """Any T5X optimizer, training sparse.
 
-    It configures, and holds no arrays. `step_kind` says which train step its `apply_gradient` is
-    traced for; the sparse trainer makes a copy for each, and without that trainer there is none.
-    `fills_in` says that the state is one made from scratch, to fill in what a checkpoint lacks.
+    It holds configuration and no arrays. `step_kind` is the train step that `apply_gradient` is
+    traced for: the sparse trainer makes a copy for each kind, and no other trainer sets it.
+    `fills_in` is whether the state is made from scratch, to fill in what a checkpoint lacks.
     """
 
     def __init__(self, base: host.OptimizerDef, config: SparsityConfig):
@@ -123,7 +124,7 @@ class SparseOptimizer(host.OptimizerDef):
         return host.Optimizer(self, state, unflatten(target, weights))
 
     def apply_gradient(self, hyper_params, params, state, grads):
-        """One train step's change of weights, optimizer state and, if it is the kind, masks."""
+        """One train step's change of weights and optimizer state, and of masks in an update."""
         if self.step_kind is None:
             raise ValueError(UNDRIVEN)
 
@@ -168,14 +169,7 @@ class SparseOptimizer(host.OptimizerDef):
         }
         base = base.restore_state(_nested_dict(axes))
         weight_axes = _flatten_axes(param_logical_axes)
-        sparsity = SparsityState(
-            masks={p: weight_axes[p] for p in state.sparsity.masks},
-            rng=PartitionSpec(),
-            slots={
-                name: {p: weight_axes[p] for p in arrays}
-                for name, arrays in state.sparsity.slots.items()
-            },
-        )
+        sparsity = _state_of(state.sparsity, lambda name, path: weight_axes[path], PartitionSpec())
         return host.Optimizer(
             self,
             SparseOptimizerState(
@@ -196,7 +190,7 @@ class SparseOptimizer(host.OptimizerDef):
         return _nested_dict(flat | leaves)
 
     def restore_state(self, opt_target, opt_state, state_dict):
-        flat = _flat_dict(flax.core.unfreeze(state_dict))
+        flat = _flat_dict(state_dict)
         reference = _flat_dict(self.base.state_dict(opt_target, _base_state(opt_state)))
         sparse = {k: v for k, v in flat.items() if k.startswith(SPARSITY)}
         dense = {k: v for k, v in flat.items() if k not in sparse}
@@ -216,7 +210,12 @@ class SparseOptimizer(host.OptimizerDef):
             target, sparsity = self._start_from(opt_target, target, base_state.step)
         else:
             check_leaves(expected, read, "the state to restore")
-            sparsity = _in_dtype_of(target, _with_leaves(opt_state.sparsity, read))
+            sparsity = _state_of(
+                opt_state.sparsity,
+                lambda name, path: read[f"{SPARSITY}{name}/{path}"],
+                read[f"{SPARSITY}rng"],
+            )
+            sparsity = _in_dtype_of(target, sparsity)
         return target, SparseOptimizerState(
             step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
         )
@@ -255,6 +254,11 @@ class SparseOptimizer(host.OptimizerDef):
         return unflatten(target, weights | masked), state
 
 
+def optimizer_of(train_state) -> host.OptimizerDef | None:
+    """The optimizer definition of a train state; None for a state without, as in inference."""
+    return getattr(getattr(train_state, "_optimizer", None), "optimizer_def", None)
+
+
 def with_optimizer(train_state, optimizer_def):
     """The train state, or its axes, under another optimizer definition."""
     return train_state.replace(
@@ -265,18 +269,16 @@ def with_optimizer(train_state, optimizer_def):
 def sparsity_leaves(state: SparsityState) -> dict[str, Any]:
     """The leaves of a sparsity state by their path in a checkpoint."""
     arrays = {"masks": state.masks, **state.slots}
-    leaves = {f"{SPARSITY}{name}/{p}": x for name, of in arrays.items() for p, x in of.items()}
+    leaves = {f"{SPARSITY}{name}/{p}": x for name, part in arrays.items() for p, x in part.items()}
     return {**leaves, f"{SPARSITY}rng": state.rng}
 
 
-def _with_leaves(like: SparsityState, leaves: dict[str, Any]) -> SparsityState:
+def _state_of(like: SparsityState, leaf: Callable[[str, str], Any], rng: Any) -> SparsityState:
+    """A state with the same names and paths, each leaf made from 'masks' or its slot, and path."""
     return SparsityState(
-        masks={p: leaves[f"{SPARSITY}masks/{p}"] for p in like.masks},
-        rng=leaves[f"{SPARSITY}rng"],
-        slots={
-            name: {p: leaves[f"{SPARSITY}{name}/{p}"] for p in arrays}
-            for name, arrays in like.slots.items()
-        },
+        masks={p: leaf("masks", p) for p in like.masks},
+        rng=rng,
+        slots={name: {p: leaf(name, p) for p in part} for name, part in like.slots.items()},
     )
 
 
@@ -319,7 +321,7 @@ def _untrained(optimizer, params) -> set[str]:
 
     Of other optimizers nobody can tell: optax freezes by zero updates, as any update may be.
     """
-    if not isinstance(optimizer, host.optimizers.MultiOptimizer):
+    if not hasattr(optimizer, "traversals"):  # only T5X has a MultiOptimizer
         return set()
     paths = list(flatten(params))
     named = unflatten(params, {p: p for p in paths})
@@ -335,8 +337,7 @@ def _is_slot(key: str) -> bool:
 
 
 def _flat_dict(tree) -> dict[str, Any]:
-    flat = traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
-    return dict(flat)
+    return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
 
 
 def _nested_dict(flat) -> dict[str, Any]:

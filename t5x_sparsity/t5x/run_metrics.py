@@ -1,4 +1,4 @@
-"""What a sparse run writes beside the host's own metrics, and when."""
+"""What a sparse run writes next to the host's own metrics, and when."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PICTURE_TIMES = (0.25, 0.5, 0.75, 1.0)
 
 
 class RunMetrics:
-    """Watches the masks of a run, and writes their metrics once a stats period.
+    """Watches the masks of a run, and writes their metrics once per stats period.
 
-    The train steps are not touched: the masks before the last update of a period, or the last of
-    each algorithm's, are copied, a bit a weight, and counted with those at its end. A thread of its
-    own waits for the devices.
+    The train steps are not touched. The masks before each algorithm's last update of a period are
+    copied, one bit per weight where they are packed, and counted with those at its end. A thread of
+    its own waits for the devices.
     """
 
     def __init__(self, plan: Plan, axes: SparsityState, partitioner: Any, manager: Any):
@@ -77,7 +77,7 @@ class RunMetrics:
             why = f"{type(e).__name__}: {e}"
             logging.warning("FLOPs are not reported, the model's loss can't be traced: %s", why)
             return
-        # all that have one count from where the run began
+        # the algorithms that have a start_step all have the run's
         starts = [getattr(a.updates, "start_step", 0) for a, _ in by_algorithm(self._plan)]
         self._flops = FlopsSoFar(self._plan, products, max(starts, default=0))
 
@@ -150,7 +150,7 @@ class RunMetrics:
         images, fan_in = {}, {}
         for path, (kept, counts) in pictures.items():
             kept, fan_in[f"mask_fan_in/{path}"] = np.asarray(kept), np.asarray(counts)
-            # white is the densest cell, or a mask would be all but black
+            # the densest cell is white, or a sparse mask would be almost black
             images[f"masks/{path}"] = (kept / max(kept.max(), 1e-9))[None, :, :, None]
         self._manager.summary_writer.write_images(step, images)
         self._manager.summary_writer.write_histograms(step, fan_in, dict.fromkeys(fan_in, 30))

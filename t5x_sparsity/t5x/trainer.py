@@ -21,7 +21,7 @@ from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.monitoring import summary
 from t5x_sparsity.monitoring.flops import ramp_warnings
 from t5x_sparsity.t5x.checkpoints import RECORD, check_start_step, write_record
-from t5x_sparsity.t5x.optimizer import SparseOptimizer, StepKind, with_optimizer
+from t5x_sparsity.t5x.optimizer import SparseOptimizer, StepKind, optimizer_of, with_optimizer
 from t5x_sparsity.t5x.run_metrics import RunMetrics
 
 NOT_SPARSE = (
@@ -41,8 +41,8 @@ def sparse_trainer(
     Args:
       base: any T5X trainer class, such as gin's configured `trainer.Trainer`; what gin binds to it
         stays in force.
-      reference_losses: name -> loss, in the unit of the evaluation loss, that the closing report
-        shows beside it.
+      reference_losses: name -> loss, in the unit of the evaluation loss, which the closing report
+        shows next to it.
       **kwargs: what T5X's `train` passes to a trainer.
 
     Raises:
@@ -58,8 +58,8 @@ def sparse_trainer(
 class TrainStep:
     """One of the two train steps, over the trainer's own train state.
 
-    The step it wraps was built for a copy of the optimizer that knows its `StepKind`; the train
-    state is handed over with that copy in place of the run's, and back.
+    The step inside was built for a copy of the optimizer that knows its `StepKind`. The train state
+    goes in with that copy in place of the run's optimizer, and comes back with the run's.
     """
 
     def __init__(self, step, optimizer: SparseOptimizer):
@@ -99,11 +99,11 @@ class SparseTrainer:
 
     def __init__(self, **kwargs):
         train_state = kwargs["train_state"]
-        optimizer = getattr(getattr(train_state, "_optimizer", None), "optimizer_def", None)
+        optimizer = None
         # evaluation jobs pass no train state
-        if train_state is not None and not isinstance(optimizer, SparseOptimizer):
-            raise ValueError(NOT_SPARSE)
         if train_state is not None:
+            if not isinstance(optimizer_of(train_state), SparseOptimizer):
+                raise ValueError(NOT_SPARSE)
             # a state made from scratch is the run's own from here on
             optimizer = kwargs["train_state_axes"]._optimizer.optimizer_def
             kwargs = kwargs | {"train_state": with_optimizer(train_state, optimizer)}
@@ -123,16 +123,14 @@ class SparseTrainer:
             self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
             self._plan = optimizer.plan(train_state.params)
             self._schedules = update_schedules(self._plan)
-            if kwargs.get("summary_dir") and jax.process_index() == 0:
-                write_record(kwargs["summary_dir"], self._plan)
-                _log_plan(self._plan, self._shapes, kwargs["summary_dir"])
+            if self._model_dir and jax.process_index() == 0:
+                write_record(self._model_dir, self._plan)
+                _log_plan(self._plan, self._shapes, self._model_dir)
 
     @functools.cached_property
     def _steps(self) -> dict[str, TrainStep]:
         """The base trainer's own step, built once for each kind."""
-        kinds = [StepKind.PLAIN]
-        if self._schedules:
-            kinds.append(StepKind.UPDATE)
+        kinds = [StepKind.PLAIN, StepKind.UPDATE] if self._schedules else [StepKind.PLAIN]
         steps = {}
         for kind in kinds:
             optimizer = self._optimizer_def.for_step(kind)
@@ -167,7 +165,7 @@ class SparseTrainer:
         if not self._compiled_steps:
             return self._steps[kind]
         for compiling in self._compiled_steps.values():
-            # a failure is better known now than when that step is due
+            # raises a failure now rather than when that step is due
             if compiling.done():
                 compiling.result()
         return self._compiled_steps[kind].result()
@@ -211,7 +209,7 @@ class SparseTrainer:
         return summaries
 
     def layer_summaries(self) -> list[summary.LayerSummary]:
-        """Target and actual sparsity a weight, the total last. Reads counts from the device."""
+        """Target and actual sparsity per weight, the total last. Reads counts from the device."""
         masks = self.train_state._optimizer.state.sparsity.masks
         kept = {}
         if masks:

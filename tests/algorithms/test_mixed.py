@@ -199,7 +199,7 @@ def test_what_a_decaying_mask_leaves():
         (lambda: ts.Saliency(updates=ONCE, gradient_steps=1.5), "at least 1, got 1.5"),
         (
             lambda: ts.GraNet(updates=ONCE, initial_sparsity=1.5),
-            r"initial_sparsity \(INITIAL_SPARSITY\) must be in \[0, 1\], got 1.5",
+            r"initial_sparsity \(INITIAL_SPARSITY\) must be a number in \[0, 1\], got 1.5",
         ),
         (
             lambda: ts.MEST(updates=ONCE, gradient_weight=-1.0),
@@ -208,11 +208,11 @@ def test_what_a_decaying_mask_leaves():
         (lambda: ts.MEST(updates=ONCE, gradient_weight=float("nan")), "negative, got nan"),
         (
             lambda: ts.SNFS(updates=ONCE, momentum=1.0),
-            r"momentum \(MOMENTUM\) must be in \[0, 1\), got 1.0",
+            r"momentum \(MOMENTUM\) must be a number in \[0, 1\), got 1.0",
         ),
         (
             lambda: ts.SRigL(updates=ONCE, ablation_threshold=-0.1),
-            r"ablation_threshold \(ABLATION_THRESHOLD\) must be in \[0, 1\], got -0.1",
+            r"ablation_threshold \(ABLATION_THRESHOLD\) must be a number in \[0, 1\], got -0.1",
         ),
         (
             lambda: ts.SRSTE(updates=ONCE, decay=-1.0),

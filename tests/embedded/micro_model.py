@@ -75,9 +75,9 @@ class Model:
         weights = batch["decoder_loss_weights"]
         loss = jnp.sum(losses * weights)
         values = {
-            "loss": metrics.AveragePerStep.from_model_output(loss),
+            "loss": metrics.AveragePerStep(total=loss),
             "loss_per_nonpadding_target_token": clu_metrics.Average(loss, jnp.sum(weights)),
-            "timing/steps_per_second": metrics.StepsPerTime.from_model_output(),
+            "timing/steps_per_second": metrics.StepsPerTime(),
             "timing/seconds": metrics.Time(),
         }
         return loss, values

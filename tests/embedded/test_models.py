@@ -61,25 +61,24 @@ def params_of(model, shapes=SHAPES):
 def test_cross_entropy_worked_out_by_hand():
     logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]])) + 2.0
     targets = jnp.asarray([[0, 1]])
-    loss, z_loss, weight = losses.compute_weighted_cross_entropy(logits, targets)
+    loss, z_loss = losses.compute_weighted_cross_entropy(logits, targets)
     np.testing.assert_allclose(loss, -math.log(0.5) - math.log(0.8), rtol=1e-6)
-    assert z_loss == 0.0 and weight == 2
+    assert z_loss == 0.0
     # The normaliser of the softmax is e**2: the penalty of a position is 0.1 * 2**2.
-    weighted, z_loss, weight = losses.compute_weighted_cross_entropy(
+    weighted, z_loss = losses.compute_weighted_cross_entropy(
         logits, targets, jnp.asarray([[1.0, 0.0]]), z_loss=0.1, loss_normalizing_factor=2.0
     )
     np.testing.assert_allclose(z_loss, 0.4 / 2, rtol=1e-6)
     np.testing.assert_allclose(weighted, (-math.log(0.5) + 0.4) / 2, rtol=1e-6)
-    assert weight == 1.0
 
 
 def test_label_smoothing_is_zero_at_its_own_optimum():
     smooth = jnp.asarray([[[0.05, 0.9, 0.05]]])
-    loss, _, _ = losses.compute_weighted_cross_entropy(
+    loss, _ = losses.compute_weighted_cross_entropy(
         jnp.log(smooth), jnp.asarray([[1]]), label_smoothing=0.1
     )
     np.testing.assert_allclose(loss, 0.0, atol=1e-6)
-    sharper, _, _ = losses.compute_weighted_cross_entropy(
+    sharper, _ = losses.compute_weighted_cross_entropy(
         jnp.log(jnp.asarray([[[0.01, 0.98, 0.01]]])), jnp.asarray([[1]]), label_smoothing=0.1
     )
     assert sharper > 0.01
@@ -97,11 +96,6 @@ def test_shapes_that_do_not_fit_are_an_error():
         (5, 5, [[1, 1, 1, 1], [1, 1, 0, 0]]),
         ("NUM_REAL_TARGET_TOKENS", 6, [[1, 1, 1, 1], [1, 1, 0, 0]]),
         ("num_total_target_tokens", 8, [[1, 1, 1, 1], [1, 1, 0, 0]]),
-        (
-            losses.SpecialLossNormalizingFactor.AVERAGE_PER_SEQUENCE,
-            2,
-            [[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0]],
-        ),
     ],
 )
 def test_normalizing_factors(factor, divisor, weights):
@@ -114,32 +108,11 @@ def test_normalizing_factors(factor, divisor, weights):
         np.testing.assert_allclose(from_targets, weights)
 
 
-def test_average_per_sequence_of_a_packed_row():
-    batch = {
-        "decoder_target_tokens": jnp.asarray([[3, 4, 5, 6, 0]]),
-        "decoder_segment_ids": jnp.asarray([[1, 1, 1, 2, 0]]),
-    }
-    factor, weights = losses.get_loss_normalizing_factor_and_weights("AVERAGE_PER_SEQUENCE", batch)
-    np.testing.assert_allclose(weights, [[1 / 3, 1 / 3, 1 / 3, 1, 0]], rtol=1e-6)
-    np.testing.assert_allclose(factor, 2.0, rtol=1e-6)
-
-
-def test_average_per_sequence_leaves_out_weighted_padding():
-    batch = {
-        "decoder_target_tokens": jnp.asarray([[3, 4, 5, 0, 0], [6, 7, 8, 9, 2]]),
-        "decoder_segment_ids": jnp.asarray([[1, 1, 2, 0, 0], [1, 2, 2, 2, 3]]),
-        # all positions have a weight, padding too; one example of the second row has none
-        "decoder_loss_weights": jnp.asarray([[3.0, 1, 0.5, 1, 1], [2.0, 1, 0, 3, 0]]),
-    }
-    factor, weights = losses.get_loss_normalizing_factor_and_weights("AVERAGE_PER_SEQUENCE", batch)
-    np.testing.assert_allclose(weights, [[0.75, 0.25, 1, 0, 0], [1, 0.25, 0, 0.75, 0]], rtol=1e-6)
-    # four examples count: two of each row
-    np.testing.assert_allclose(factor, 4.0, rtol=1e-6)
-
-
 def test_unknown_normalizing_factor_names_the_choices():
-    with pytest.raises(ValueError, match="'PER_TOKEN'; it must be a number.*NUM_REAL_TARGET"):
-        losses.get_loss_normalizing_factor_and_weights("PER_TOKEN", BATCH)
+    for factor in ("PER_TOKEN", "AVERAGE_PER_SEQUENCE"):
+        message = f"'{factor}'; it must be a number.*NUM_REAL_TARGET.*Use T5X for others"
+        with pytest.raises(ValueError, match=message):
+            losses.get_loss_normalizing_factor_and_weights(factor, BATCH)
 
 
 def test_loss_and_metrics_of_a_decoder():
@@ -189,7 +162,9 @@ def test_loss_and_metrics_of_a_decoder():
 
 def test_packed_examples_are_counted():
     segments = jnp.asarray([[1, 1, 3, 3, 0, 0], [2, 2, 2, 2, 2, 2], [2, 7, 7, 7, 7, 0]])
-    assert models.count_packed_examples(segments) == 5
+    many = {"ids": segments}
+    got = models.compute_base_metrics(jnp.ones((3, 6, 2)), segments, None, 1.0, 0.0, many)
+    assert got["effective_batch_size/ids"].compute() == 5
     model = decoder_model()
     packed = {
         **BATCH,
@@ -247,20 +222,6 @@ def test_model_learns_a_repeated_batch():
     assert int(state.step) == 60
 
 
-def test_scores_are_log_likelihoods():
-    model = decoder_model(z_loss=0.1, label_smoothing=0.1)
-    params = params_of(model)
-    scores = model.score_batch(params, BATCH)
-    plain = decoder_model()
-    np.testing.assert_allclose(-scores.sum(), plain.eval_fn(params, BATCH)[0], rtol=1e-5)
-
-
-def test_prefix_lm_needs_its_feature():
-    model = decoder_model(inputs_bidirectional_attention=True)
-    with pytest.raises(ValueError, match="needs the feature 'decoder_causal_attention'"):
-        model.eval_fn(params_of(decoder_model()), BATCH)
-
-
 def test_what_the_models_refuse():
     with pytest.raises(ValueError, match="DecoderOnlyModel.label_smoothing must be at least 0"):
         decoder_model(label_smoothing=1.0)
@@ -268,6 +229,10 @@ def test_what_the_models_refuse():
         NotImplementedError, match="EncoderDecoderModel of the embedded host can not"
     ):
         encoder_decoder_model(decode_fn=None).predict_batch({}, {})
+    with pytest.raises(NotImplementedError, match="can not predict or score.*Use T5X for it"):
+        decoder_model().score_batch({}, {})
+    with pytest.raises(ValueError, match="inputs_bidirectional_attention is True, but.*use T5X"):
+        decoder_model(inputs_bidirectional_attention=True)
 
 
 def test_vocabularies_and_converters():
@@ -287,7 +252,7 @@ def test_metrics_merge_and_take_durations():
     assert float(metrics.StepsPerTime().merge(metrics.StepsPerTime()).steps) == 2
     tree = {
         "loss": per_step,
-        "sum": metrics.Sum(3).merge(metrics.Sum.from_model_output(jnp.asarray([1, 2]))),
+        "sum": metrics.Sum(3).merge(metrics.Sum(jnp.sum(jnp.asarray([1, 2])))),
         "seconds": metrics.Time(),
         "rate": metrics.TimeRate(numerator=6).merge(metrics.TimeRate(numerator=4)),
         "steps": metrics.StepsPerTime().merge(metrics.StepsPerTime()),

@@ -30,24 +30,24 @@ def axes_of(definition, params=None, axes=AXES):
     return optimizer, definition.derive_logical_axes(optimizer, axes)
 
 
-NAMES = [
-    ("adabelief", (1e-3,)),
-    ("adagrad", (1e-3,)),
-    ("adam", (1e-3,)),
-    ("adamw", (1e-3,)),
-    ("lamb", (1e-3,)),
-    ("lars", (1e-3,)),
-    ("lion", (1e-3,)),
-    ("radam", (1e-3,)),
-    ("rmsprop", (1e-3,)),
-    ("sgd", (1e-3, 0.9)),
-    ("yogi", (1e-3,)),
-]
+NAMES = [("adam", (1e-3,)), ("adamw", (1e-3,)), ("lion", (1e-3,)), ("sgd", (1e-3, 0.9))]
+WRAPPED = ["adabelief", "adagrad", "lamb", "lars", "radam", "rmsprop", "yogi"]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_other_optimizers_of_optax_are_wrapped(name):
+    message = f"optimizers has no '{name}': .* Use T5X for it, or wrap an optax optimizer in optim"
+    with pytest.raises(AttributeError, match=message):
+        getattr(optimizers, name)
+    check_steps_and_axes(optimizers.OptaxWrapper(getattr(optax, name)(1e-3)), name, (1e-3,))
 
 
 @pytest.mark.parametrize("name, args", NAMES)
 def test_named_optimizer_is_optax_and_every_leaf_has_its_axes(name, args):
-    definition = getattr(optimizers, name)(*args)
+    check_steps_and_axes(getattr(optimizers, name)(*args), name, args)
+
+
+def check_steps_and_axes(definition, name, args):
     params = params_of()
     grads = params_of(1)
     optimizer, axes = axes_of(definition)
@@ -127,23 +127,11 @@ def test_state_dict_has_no_empty_subtree():
     assert jax.tree.structure(sgd.restore_state(sgd.state_dict())) == jax.tree.structure(sgd)
 
 
-def test_restoring_another_optimizers_state_names_a_missing_leaf():
+def test_another_optimizers_state_is_refused():
     adam = optimizers.adam(1e-3).create(params_of())
     sgd = optimizers.sgd(1e-3).create(params_of())
-    with pytest.raises(
-        ValueError, match=r"lacks 7 of \d+ leaves, among them 'state/param_states/0"
-    ):
+    with pytest.raises(ValueError, match="do not match"):
         adam.restore_state(sgd.state_dict())
-
-
-def test_base_definition_names_what_is_missing():
-    class Half(optimizers.OptimizerDef):
-        pass
-
-    with pytest.raises(NotImplementedError, match="Half must define init_state"):
-        Half(None).create(params_of())
-    with pytest.raises(NotImplementedError, match="Half must define apply_gradient"):
-        Half(None).apply_gradient(None, None, None, None)
 
 
 def test_hyper_params_are_replaced_whole_or_in_part():

@@ -157,11 +157,11 @@ def test_initial_variables_are_those_of_t5x(family, tied):
     [
         ("encdec", False, {}),
         ("encdec", True, {"z_loss": 1e-2, "label_smoothing": 0.1}),
-        ("encdec", True, {"loss_normalizing_factor": "AVERAGE_PER_SEQUENCE"}),
+        ("encdec", True, {"loss_normalizing_factor": "NUM_TOTAL_TARGET_TOKENS"}),
         ("encdec", False, {"loss_normalizing_factor": 123.0}),
         ("decoder", True, {"z_loss": 1e-4, "loss_normalizing_factor": "NUM_REAL_TARGET_TOKENS"}),
         ("decoder", False, {"loss_normalizing_factor": "num_total_target_tokens"}),
-        ("decoder", False, {"loss_normalizing_factor": "AVERAGE_PER_SEQUENCE"}),
+        ("decoder", False, {"loss_normalizing_factor": "NUM_TOTAL_TARGET_TOKENS"}),
     ],
 )
 def test_loss_metrics_and_gradients_are_those_of_t5x(family, packed, kwargs):
@@ -207,27 +207,6 @@ def test_bfloat16_and_tied_logits_are_those_of_t5x(family):
         for model in (ours, theirs)
     )
     np.testing.assert_allclose(loss, t5x_loss, rtol=2e-3)
-
-
-def test_score_is_that_of_t5x():
-    ours, theirs = pair("decoder")
-    batch = batch_of(4, packed=False, decoder=True)
-    params = variables_of(ours, batch)["params"]
-    np.testing.assert_allclose(
-        ours.score_batch(params, batch), theirs.score_batch(params, batch), rtol=1e-5
-    )
-
-
-def test_prefix_lm_is_that_of_t5x():
-    ours, theirs = pair("decoder", inputs_bidirectional_attention=True)
-    batch = batch_of(5, packed=False, decoder=True)
-    prefix = np.arange(TARGETS) < np.array([0, 2, 4, 6])[:, None]
-    batch["decoder_causal_attention"] = jnp.asarray(prefix.astype(np.int32))
-    params = variables_of(ours, batch)["params"]
-    loss, _, grads = value_and_grad(ours, params, batch)
-    t5x_loss, _, t5x_grads = value_and_grad(theirs, params, batch)
-    np.testing.assert_allclose(loss, t5x_loss, rtol=1e-6)
-    assert_trees_close(grads, t5x_grads, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -285,7 +264,7 @@ def test_loss_weights_of_random_batches_are_those_of_t5x(packed, weights):
 
     for seed in range(10):
         batch = random_batch(seed, packed, weights)
-        for factor in (None, 7.0, *(f.name for f in losses.SpecialLossNormalizingFactor)):
+        for factor in (None, 7.0, *losses.FACTORS):
             got = losses.get_loss_normalizing_factor_and_weights(factor, batch)
             expected = t5x_losses.get_loss_normalizing_factor_and_weights(factor, batch)
             assert (got[0] is None) == (expected[0] is None)
@@ -296,7 +275,7 @@ def test_loss_weights_of_random_batches_are_those_of_t5x(packed, weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("factor", [None, *(f.name for f in losses.SpecialLossNormalizingFactor)])
+@pytest.mark.parametrize("factor", [None, *losses.FACTORS])
 def test_metrics_of_random_batches_are_those_of_t5x(factor, packed, weights):
     ours, theirs = pair("encdec", loss_normalizing_factor=factor, z_loss=1e-2, label_smoothing=0.1)
     batches = [random_batch(seed, packed, weights) for seed in (11, 12)]
@@ -320,11 +299,9 @@ def test_metrics_of_random_batches_are_those_of_t5x(factor, packed, weights):
 ADAFACTORS = [
     {},
     {"min_dim_size_to_factor": 128},
-    {"beta1": 0.9, "weight_decay_rate": 0.01, "decay_rate": 0.7},
-    {"factored": False, "clipping_threshold": None, "dtype_momentum": "bfloat16", "beta1": 0.5},
-    {"multiply_by_parameter_scale": False, "global_norm_clip_threshold": 0.5},
-    {"weight_decay_rate_lr_exponent": 2.0, "max_parameter_scale": 0.05, "step_offset": -3},
-    {"skip_nan_updates": True, "epsilon1": 1e-20, "epsilon2": 1e-2},
+    {"beta1": 0.9, "decay_rate": 0.7},
+    {"factored": False, "clipping_threshold": None, "beta1": 0.5},
+    {"multiply_by_parameter_scale": False, "step_offset": -3},
 ]
 
 
@@ -373,8 +350,6 @@ def test_adafactor_steps_are_those_of_t5x(kwargs):
     assert_trees_close(ours.state_dict(), theirs.state_dict(), atol=0)
     for step in range(3):
         grads = grads_like(params, step)
-        if step == 2 and kwargs.get("skip_nan_updates"):
-            grads = grads.copy({"norm": {"scale": grads["norm"]["scale"].at[0].set(np.nan)}})
         ours = ours.apply_gradient(grads, learning_rate=0.1 / (step + 1))
         theirs = theirs.apply_gradient(grads, learning_rate=0.1 / (step + 1))
     assert type(ours.state.param_states) is type(theirs.state.param_states)
@@ -416,9 +391,6 @@ OPTAX = [
     ("sgd", dict(learning_rate=1e-2)),
     ("sgd", dict(learning_rate=1e-2, momentum=0.9)),
     ("lion", dict(learning_rate=1e-3)),
-    ("lamb", dict(learning_rate=1e-3)),
-    ("rmsprop", dict(learning_rate=1e-3, momentum=0.5)),
-    ("adagrad", dict(learning_rate=1e-2)),
 ]
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
-from flax.core import freeze
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,7 +37,7 @@ def test_rules_are_in_order_of_priority():
     assert dict(rules)["mlp"] == "model" and dict(rules)["embed"] is None
     two = partitioning.standard_logical_axis_rules(2, 2)
     assert [v for k, v in two if k == "embed"] == ["model", "data"]
-    with pytest.raises(ValueError, match="parameter_partitioning_dims must be 1 or 2, got 3"):
+    with pytest.raises(ValueError, match=r"must be 1 or 2, got \(1, 3\)"):
         partitioning.standard_logical_axis_rules(1, 3)
 
 
@@ -46,15 +45,14 @@ def test_mesh_covers_all_devices():
     partitioner = partitioning.PjitPartitioner(num_partitions=1)
     assert dict(partitioner.mesh.shape) == {"data": jax.local_device_count(), "model": 1}
     assert partitioner.data_partition_spec == P("data")
-    submesh = partitioning.PjitPartitioner(model_parallel_submesh=(1, 1, 1, 1))
-    assert submesh.mesh == partitioner.mesh
 
 
 def test_bad_partitions_are_one_clear_error():
-    with pytest.raises(ValueError, match="Exactly one of PjitPartitioner.num_partitions"):
-        partitioning.PjitPartitioner()
-    with pytest.raises(ValueError, match="Exactly one of PjitPartitioner.num_partitions"):
+    message = "PjitPartitioner of the embedded host has no model_parallel_submesh: .* use T5X"
+    with pytest.raises(TypeError, match=message):
         partitioning.PjitPartitioner(num_partitions=1, model_parallel_submesh=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="num_partitions = None does not divide"):
+        _ = partitioning.PjitPartitioner(num_partitions=None).mesh
     count = jax.local_device_count()
     with pytest.raises(ValueError, match=f"does not divide the {count} local devices. Set it to"):
         _ = partitioning.PjitPartitioner(num_partitions=count + 1).mesh
@@ -174,8 +172,6 @@ def test_train_state_round_trip_and_replacements():
     moved = stepped.replace_step(jnp.asarray(7, jnp.int32))
     assert moved.step == 7
     jax.tree.map(np.testing.assert_array_equal, moved.params, stepped.params)
-    params = freeze({"dense": {"kernel": jnp.zeros((4, 8))}})
-    assert float(state.replace_params(params).params["dense"]["kernel"].sum()) == 0.0
     assert set(state.state_dict()) == {"target", "state"}
 
 
@@ -187,22 +183,12 @@ def test_mutable_collections_are_refused():
 
 def test_states_that_can_not_be_partitioned_say_so():
     bare = {"params": variables()["params"]}
-    with pytest.raises(ValueError, match="Adafactor needs the logical axes of the parameters"):
+    with pytest.raises(ValueError, match="1 of 1 leaves of 'params' have no.*'dense/kernel'"):
         train_state.FlaxOptimTrainState.create(adafactor.Adafactor(), bare)
-    state = train_state.FlaxOptimTrainState.create(optimizers.adam(1e-3), bare)
-    with pytest.raises(ValueError, match="no 'params_axes' collection, so its parameters"):
-        state.as_logical_axes()
     missing = variables()
     missing["params"]["dense"]["bias"] = jnp.ones(8)
     with pytest.raises(ValueError, match="1 of 2 leaves of 'params' have no.*'dense/bias'"):
         train_state.FlaxOptimTrainState.create(optimizers.adam(1e-3), missing)
-
-    class Plain(optimizers.OptimizerDef):
-        def init_state(self, params):
-            return optimizers.OptimizerState(jnp.zeros((), jnp.int32), {})
-
-    with pytest.raises(ValueError, match="Plain has no derive_logical_axes"):
-        state_of(Plain(None)).as_logical_axes()
 
 
 def train_on_mesh(partitions, dims):

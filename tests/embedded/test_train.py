@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import micro_model as micro
 import numpy as np
+import optax
 import pytest
 from absl import logging
 
@@ -147,7 +148,6 @@ def test_relative_steps_and_microbatches(tmp_path):
     options = dict(
         save={"period": 4, "keep": None},
         train_eval_dataset_cfg=None,
-        concurrent_metrics=False,
         stats_period=1,
         trainer_cls=cls,
     )
@@ -181,28 +181,14 @@ def test_start_from_another_run(tmp_path, whole):
     assert checkpoints.saved_batches(str(tmp_path / "b" / "checkpoint_0")) == 6
 
 
-def test_actions_stop_the_run(tmp_path):
-    class Stop(trainer.BaseAction):
-        seen = []
-
-        def run(self, train_state, metrics_by_task):
-            self.seen.append((int(train_state.step), sorted(metrics_by_task)))
-            return len(self.seen) == 2
-
-    action = Stop()
-    step, _ = micro.run(
-        tmp_path, 40, actions={"TRAIN": [action]}, save={"period": 4, "keep": 1}, stats_period=1
-    )
-    assert action.seen == [(1, ["train"]), (2, ["train"])]
-    assert step == 2 and checkpoints.latest_step(str(tmp_path)) == 2
-
-
 def test_log_shows_progress(tmp_path, caplog):
     logging.set_verbosity(logging.INFO)
     with caplog.at_level("INFO", logger="absl"):
         micro.run(tmp_path, 2, save={"period": 2})
     lines = [record.getMessage() for record in caplog.records]
-    assert any(re.fullmatch(r"Step 2/2: loss \d\.\d{4}, .* steps/s, 0:00 left", x) for x in lines)
+    assert any(
+        re.fullmatch(r"Step 2/2: loss \d\.\d{4}, .* steps/s, 0:00:00 left", x) for x in lines
+    )
     assert any(re.match(r"Step 2, evaluated embedded_micro: loss_per_non\S+ \d", x) for x in lines)
 
 
@@ -219,7 +205,7 @@ ERRORS = {
     "garbage": (lambda: {"gc_period": 4}, "train.gc_period is 4, but the embedded host"),
     "extra saves": (
         lambda: {"save": {"checkpoint_steps": [3]}},
-        "utils.SaveCheckpointConfig.checkpoint_steps is (3,), but the embedded host saves every",
+        "utils.SaveCheckpointConfig.checkpoint_steps is (3,), but the embedded host saves by",
     ),
     "saved otherwise": (
         lambda: {"save": {"state_transformation_fns": [dict]}},
@@ -232,12 +218,16 @@ ERRORS = {
     ),
     "periods": (lambda: {"eval_period": 3}, "The periods must all be multiples of the shortest"),
     "actions": (
-        lambda: {"actions": {"EVAL": []}},
-        "train.actions has the key 'EVAL'; they are TRAIN, TRAIN_EVAL, INFER_EVAL",
+        lambda: {"actions": {"TRAIN": ["an action"]}},
+        "train.actions is {'TRAIN': ['an action']}, but the embedded host has no actions: set it",
+    ),
+    "metrics": (
+        lambda: {"concurrent_metrics": False},
+        "train.concurrent_metrics is False, but the embedded host writes metrics concurrently",
     ),
     "restore all": (
         lambda: {"restore": {"path": "x", "mode": "all"}},
-        "RestoreCheckpointConfig.mode is 'all', which is for evaluation",
+        "RestoreCheckpointConfig.mode is 'all'; it must be one of 'specific', 'latest'",
     ),
     "restore many": (
         lambda: {"restore": {"path": ["x", "y"]}},
@@ -342,7 +332,10 @@ def listing(folder):
     ("overrides", "message"),
     [
         (lambda: {"model": micro.Model(width=4)}, "of another shape:"),
-        (lambda: {"model": micro.Model(optimizers.adagrad(1e-2))}, "missing in the checkpoint:"),
+        (
+            lambda: {"model": micro.Model(optimizers.OptaxWrapper(optax.adagrad(1e-2)))},
+            "missing in the checkpoint:",
+        ),
     ],
 )
 def test_model_dir_of_another_model_is_refused_untouched(tmp_path, whole, overrides, message):
@@ -371,13 +364,14 @@ def test_checkpoints_can_be_off(tmp_path):
     assert step == 2 and checkpoints.all_steps(str(tmp_path)) == []
 
 
-def test_an_error_in_the_run_goes_before_those_of_closing(tmp_path, monkeypatch):
+def test_errors_of_the_run_and_of_closing_both_show(tmp_path, monkeypatch):
     def close(self):
         raise RuntimeError("from close")
 
     monkeypatch.setattr(checkpoints.OrbaxCheckpointManagerInterface, "close", close)
-    with pytest.raises(Killed):
+    with pytest.raises(RuntimeError, match="from close") as caught:
         micro.run(tmp_path, 4, trainer_cls=killing_trainer(1))
+    assert isinstance(caught.value.__context__, Killed)
 
 
 def start(model_dir, steps, out):

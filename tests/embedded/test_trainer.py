@@ -285,16 +285,6 @@ def test_duration_runs_from_the_timer():
     manager.close()
 
 
-def test_terminate_on_nan():
-    action = trainer.TerminateOnNanAction(task="train")
-    fine = {"train": {"loss": clu.values.Scalar(1.0)}}
-    assert action.run(None, fine) is False
-    for bad in (np.nan, np.inf):
-        assert action.run(None, {"train": {"loss": clu.values.Scalar(bad)}}) is True
-    with pytest.raises(ValueError, match=r"metric 'loss' of task 'train'; there are \['other'\]"):
-        action.run(None, {"other": {}})
-
-
 def test_what_t5x_alone_has_is_named():
     message = "embedded.trainer has no 'WeightMetricsComputer': .* Use T5X for it"
     with pytest.raises(AttributeError, match=message):

@@ -33,6 +33,6 @@ def train(model_dir, steps=STEPS, *, base=host.Trainer, nan_at=(), **kwargs):
         verify_matching_vocabs_fn=None,
         eval_period=0,
         stats_period=1,
-        concurrent_metrics=False,
+        concurrent_metrics=host.NAME == "embedded",
         **kwargs,
     )

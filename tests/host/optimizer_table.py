@@ -61,21 +61,27 @@ def _wrapped(make):
     return lambda: host.optimizers.OptaxWrapper(make())
 
 
-# what T5X wraps of optax, by the name it exports
+def exported(name):
+    """What T5X exports of optax, by its name there; where the host has no such name, wrapped."""
+    return getattr(host.optimizers, name, None) or (
+        lambda *args, **kwargs: host.optimizers.OptaxWrapper(getattr(optax, name)(*args, **kwargs))
+    )
+
+
 EXPORTED = {
-    "adabelief": Case(lambda: host.optimizers.adabelief(1e-2), 2),
-    "adagrad": Case(lambda: host.optimizers.adagrad(1e-2), 1),
+    "adabelief": Case(lambda: exported("adabelief")(1e-2), 2),
+    "adagrad": Case(lambda: exported("adagrad")(1e-2), 1),
     "adam": Case(lambda: host.optimizers.adam(1e-2, nesterov=True), 2),
     "adamw": Case(lambda: host.optimizers.adamw(1e-2), 2),
-    "fromage": Case(lambda: host.optimizers.fromage(1e-2), 0),
-    "lamb": Case(lambda: host.optimizers.lamb(1e-2), 2),
-    "lars": Case(lambda: host.optimizers.lars(1e-2), 1),
+    "fromage": Case(lambda: exported("fromage")(1e-2), 0),
+    "lamb": Case(lambda: exported("lamb")(1e-2), 2),
+    "lars": Case(lambda: exported("lars")(1e-2), 1),
     "lion": Case(lambda: host.optimizers.lion(1e-3), 1),
-    "noisy_sgd": Case(lambda: host.optimizers.noisy_sgd(1e-2, key=jax.random.key(0)), 0),
-    "radam": Case(lambda: host.optimizers.radam(1e-2), 2),
-    "rmsprop": Case(lambda: host.optimizers.rmsprop(1e-2, centered=True, momentum=0.9), 3),
+    "noisy_sgd": Case(lambda: exported("noisy_sgd")(1e-2, key=jax.random.key(0)), 0),
+    "radam": Case(lambda: exported("radam")(1e-2), 2),
+    "rmsprop": Case(lambda: exported("rmsprop")(1e-2, centered=True, momentum=0.9), 3),
     "sgd": Case(lambda: host.optimizers.sgd(1e-2, momentum=0.9), 1),
-    "yogi": Case(lambda: host.optimizers.yogi(1e-2), 2),
+    "yogi": Case(lambda: exported("yogi")(1e-2), 2),
 }
 
 # what takes an optimizer, or several
@@ -105,6 +111,10 @@ ADAFACTORS = {
     "adafactor-momentum": Case(lambda: adafactor(beta1=0.9, min_dim_size_to_factor=8), 1),
     "adafactor-unscaled": Case(lambda: adafactor(multiply_by_parameter_scale=False), 1),
     "adafactor-whole": Case(lambda: adafactor(factored=False), 1),
+}
+
+# what only T5X has: its MultiOptimizer, and Amos, of a package next to it
+T5X_ONLY = {
     "multi": Case(
         lambda: multi(
             ("wi", adafactor(factored=False, beta1=0.9)),
@@ -117,10 +127,6 @@ ADAFACTORS = {
         2,
         "^(?!.*(wi|norm))",
     ),
-}
-
-# of a package that T5X brings, beside it
-T5X_ONLY = {
     "amos": Case(lambda: host.optimizers.amos(1e-2, eta_fn=lambda *_: 1.0, momentum=0.9), 3),
     # slots of one row
     "amos-reduced": Case(

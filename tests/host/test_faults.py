@@ -106,13 +106,17 @@ def checkpoints_in(folder):
     return sorted(int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*"))
 
 
+@tiny_t5.t5x_only
 @pytest.mark.parametrize("nan_at", [3, 4], ids=["at an update", "at a plain step"])
 def test_a_nan_loss_stops_a_sparse_run(tmp_path, nan_at):
     """By the host's own action; masks updated by the NaN gradient have kept their count."""
     action = host.trainer.TerminateOnNanAction(task="train", metric="loss")
     optimizer = "adamw" if nan_at == 4 else "sgd"
     step, state = disturbed_runs.train(
-        tmp_path, nan_at=[nan_at], actions={"TRAIN": [action]}, optimizer=optimizer
+        tmp_path,
+        nan_at=[nan_at],
+        actions={"TRAIN": [action]},
+        optimizer=optimizer,
     )
     assert step == nan_at + 1 == max(checkpoints_in(tmp_path))
     weights = flatten(state.params)

@@ -137,7 +137,9 @@ def weight_of(slot, state):
     return None
 
 
-@pytest.mark.parametrize("name", ["adafactor-factored", "multi-frozen"])
+@pytest.mark.parametrize(
+    "name", ["adafactor-factored", pytest.param("multi-frozen", marks=tiny_t5.t5x_only)]
+)
 def test_start_is_masked(name):
     made_state, state = jax.jit(made(name).create)(parameters()), started(name)
     assert type(made_state.target) is type(parameters())
@@ -276,6 +278,7 @@ def test_every_leaf_has_axes_and_masks_and_slots_have_their_weights(name):
     )
 
 
+@tiny_t5.t5x_only
 @pytest.mark.parametrize("algorithm", [None, ts.Static()], ids=["rigl", "static"])
 def test_a_rule_prunes_what_no_optimizer_trains(algorithm):
     """To its level; the algorithm decides on the mask as on any other."""
@@ -305,7 +308,7 @@ def test_restore_of_other_rules_says_so():
         fresh.restore_state(stored)
 
 
-@pytest.mark.parametrize("name", ["adamw", "multi"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("multi", marks=tiny_t5.t5x_only)])
 def test_without_the_sparse_trainer_it_does_not_train(name):
     with pytest.raises(ValueError, match=r"not its trainer.*Include sparsity/\*\.gin last"):
         started(name).apply_gradient(parameters(), **HYPER)

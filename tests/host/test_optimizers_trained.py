@@ -16,7 +16,9 @@ from t5x_sparsity.core.trees import flatten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["masked", "multi-frozen", "multi-steps"])
+@pytest.mark.parametrize(
+    "name", ["masked", pytest.param("multi-frozen", marks=tiny_t5.t5x_only), "multi-steps"]
+)
 def test_it_trains_sparse_under_the_trainer(name):
     trainer = tiny_t5.trainer(
         tiny_t5.rigl(), name, tiny_t5.MeshPartitioner(2, 2), build=tiny_t5.stacked_model
@@ -57,6 +59,7 @@ def test_it_trains_sparse_under_the_trainer(name):
     trainer.close()
 
 
+@tiny_t5.t5x_only
 def test_a_multi_optimizer_is_its_parts():
     def parts():
         first = adafactor(beta1=0.9, factored=False)
@@ -89,18 +92,8 @@ def test_a_multi_optimizer_is_its_parts():
             jax.tree.map(np.testing.assert_array_equal, a[path], b[path])
 
 
+@tiny_t5.t5x_only
 def test_two_optimizers_for_one_weight_are_refused():
     both = multi(("wi", adafactor()), ("w", adafactor()))
     with pytest.raises(ValueError, match="Multiple optimizers match the same leaves"):
         both.init_state({"wi": jnp.ones((2, 2)), "wo": jnp.ones((2, 2))})
-
-
-def test_the_embedded_host_says_what_a_multi_optimizer_takes():
-    from t5x_sparsity.embedded import optimizers
-
-    with pytest.warns(DeprecationWarning, match="Traversal"):
-        every = traverse_util.ModelParamTraversal(lambda *_: True)
-    multi = optimizers.MultiOptimizer([(every, optimizers.adam(1e-2))])
-    with pytest.raises(ValueError, match=r"can not hold the state of OptaxWrapper.*multi_transf"):
-        multi.init_state({"wi": jnp.ones((2, 2))})
-    assert multi.update_hyper_params(learning_rate=0.5)[0].learning_rate == 0.5

@@ -7,15 +7,8 @@ import pytest
 
 from t5x_sparsity.extras import MissingExtra, requires
 
-# what the base install has not
-HIDE = """
-import importlib.abc, sys
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {hidden!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hide())
-"""
+# what the base install has not: Python takes a module that is None for one that isn't installed
+HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden!r}));"
 EXTRAS = ("absl", "clu", "etils", "flax", "gin", "orbax", "rich", "seqio", "tabulate", "tensorflow")
 
 
@@ -68,4 +61,12 @@ def test_a_host_without_its_extra_is_one_line(code, hidden):
     assert line.startswith("t5x_sparsity.extras.MissingExtra: the embedded host needs ")
     assert line.endswith(
         'which isn\'t installed; install it by pip install "t5x_sparsity[embedded]"'
+    )
+
+
+def test_load_export_without_its_extra_is_one_line():
+    line = last_line("import t5x_sparsity; t5x_sparsity.load_export", "etils")
+    assert line == (
+        "t5x_sparsity.extras.MissingExtra: load_export needs etils, which isn't installed; "
+        'install it by pip install "t5x_sparsity[tools]"'
     )

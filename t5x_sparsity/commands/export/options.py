@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from t5x_sparsity.commands.options import add_command, argument
+
 _DESCRIPTION = """\
 Writes the weights of a checkpoint, those under target/, to one safetensors file.
 
@@ -27,63 +29,46 @@ Exit code: 0; 2 if it can't be exported as asked, with one line that says why.""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Options of `t5x-sparsity export`.
+    """Options of `t5x-sparsity export`."""
 
-    Attributes:
-      checkpoint: a folder checkpoint_<step>, or the MODEL_DIR above it for the last one.
-      out: the file to write, which ends in .safetensors.
-      format: 'dense' or 'compressed'.
-      dtype: 'float32', 'bfloat16' or 'float16' for floating-point weights; None for their own.
-      include: a regular expression; weights whose path it is found in, None for all.
-      smallest: of compressed weights, take a bit mask wherever it is smaller than CSR.
-      overwrite: replace the file if it is there.
-      json: print one JSON object instead of a table.
-    """
-
-    checkpoint: str
-    out: str
-    format: str = "dense"
-    dtype: str | None = None
-    include: str | None = None
-    smallest: bool = False
-    overwrite: bool = False
-    json: bool = False
+    checkpoint: str = argument(
+        metavar="CHECKPOINT",
+        help="a folder checkpoint_<step>, or the MODEL_DIR above it for its last one",
+    )
+    out: str = argument(metavar="OUT", help="the file to write: a name.safetensors")
+    format: str = argument(
+        "--format", choices=("dense", "compressed"), default="dense", help="default: dense"
+    )
+    dtype: str | None = argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of floating-point weights, rounded to nearest; default: their own",
+    )
+    include: str | None = argument(
+        "--include",
+        metavar="REGEX",
+        help="only weights whose path it is found in; default: all",
+    )
+    smallest: bool = argument(
+        "--smallest",
+        action="store_true",
+        help="with --format=compressed: a bit mask in place of CSR wherever it is smaller",
+    )
+    overwrite: bool = argument(
+        "--overwrite", action="store_true", help="replace OUT if it is there"
+    )
+    json: bool = argument("--json", action="store_true", help="print one JSON object")
 
 
 def add(commands) -> None:
-    """Adds the subcommand to those of `t5x-sparsity`."""
-    export = commands.add_parser(
+    """Adds the command to those of `t5x-sparsity`."""
+    add_command(
+        commands,
         "export",
-        allow_abbrev=False,
+        ExportOptions,
+        extra="tools",
         help="write a checkpoint's weights as safetensors, dense or compressed",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a folder checkpoint_<step>, or the MODEL_DIR above it for its last one",
-    )
-    export.add_argument("out", metavar="OUT", help="the file to write: a name.safetensors")
-    export.add_argument(
-        "--format", choices=("dense", "compressed"), default="dense", help="default: dense"
-    )
-    export.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of floating-point weights, rounded to nearest; default: their own",
-    )
-    export.add_argument(
-        "--include",
-        metavar="REGEX",
-        help="only weights whose path it is found in; default: all",
-    )
-    export.add_argument(
-        "--smallest",
-        action="store_true",
-        help="with --format=compressed: a bit mask in place of CSR wherever it is smaller",
-    )
-    export.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    export.add_argument("--json", action="store_true", help="print one JSON object")
-    export.set_defaults(options=ExportOptions, extra="tools")

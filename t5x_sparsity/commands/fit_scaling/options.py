@@ -7,6 +7,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+from t5x_sparsity.commands.options import add_command, argument
+
 COSTS = ("gradual", "dense", "sparse")
 # No run's weights, tokens or loss are beyond; float64 holds their tenth powers, as the law takes.
 LEAST, MOST = 1e-30, 1e30
@@ -41,114 +43,7 @@ Exit code: 0; 2 if the law can't be fitted, with one line that says why.
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitScalingOptions:
-    """Options of `t5x-sparsity fit-scaling`.
-
-    Attributes:
-      table: path of the table of runs.
-      compute: FLOPs of training to find the best sparsity for; none takes three from the table.
-      size: non-zero weights to find it for, beside the best size; none takes one from the table.
-      cost: what training costs: 'gradual', 'dense' or 'sparse', see `scaling_optimum`.
-      delta: where the Huber loss turns linear, in log residuals.
-      starts: of the fit.
-      bootstrap: tables resampled for intervals; 0 for none.
-      level: of the intervals, in (0, 1).
-      seed: of starts and resampling.
-      json: print one JSON object instead of tables.
-      plots: path of a page to write; None writes none.
-    """
-
-    table: str
-    compute: Sequence[float] = ()
-    size: Sequence[float] = ()
-    cost: str = "gradual"
-    delta: float = 1e-3
-    starts: int = 50
-    bootstrap: int = 200
-    level: float = 0.95
-    seed: int = 0
-    json: bool = False
-    plots: str | None = None
-
-
-def add(commands) -> None:
-    """Adds the subcommand to those of `t5x-sparsity`."""
-    parser = commands.add_parser(
-        "fit-scaling",
-        allow_abbrev=False,
-        help="fit the sparse scaling law to a table of runs",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("table", metavar="TABLE", help="the runs, see above")
-    parser.add_argument(
-        "--compute",
-        nargs="+",
-        default=(),
-        type=_parsed(float, "a number from 1e-60 to 1e+60", lambda x: 1e-60 <= x <= 1e60),
-        metavar="FLOPS",
-        help="training FLOPs to find the best sparsity for; without it three, from the least to "
-        "the most that a run of the table took",
-    )
-    parser.add_argument(
-        "--size",
-        nargs="+",
-        default=(),
-        type=_parsed(float, "a number from 1e-30 to 1e+30", lambda x: LEAST <= x <= MOST),
-        metavar="WEIGHTS",
-        help="non-zero weights to find it for, beside the best size for the compute; without it "
-        "the middle size of the table",
-    )
-    parser.add_argument(
-        "--cost",
-        choices=COSTS,
-        default="gradual",
-        help="what training costs, as 6 x non-zero weights x tokens times: gradual, pruned over "
-        "the middle half of training, 5/8 + 3/8 / (1 - S), the default; dense, zeros cost as "
-        "much, 1 / (1 - S); sparse, zeros cost nothing from the start, 1",
-    )
-    parser.add_argument(
-        "--plots", metavar="OUT.html", help="write a page of plots that needs no other file"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--bootstrap",
-        type=_parsed(int, "a whole number, 0 or at least 20", lambda x: x == 0 or x >= 20),
-        default=200,
-        metavar="TABLES",
-        help="tables to resample for intervals, 0 for no intervals; default: 200",
-    )
-    parser.add_argument(
-        "--level",
-        type=_parsed(float, "a number between 0 and 1", lambda x: 0 < x < 1),
-        default=0.95,
-        help="of the intervals; default: 0.95",
-    )
-    parser.add_argument(
-        "--starts",
-        type=_parsed(int, "a whole number, at least 1", lambda x: x >= 1),
-        default=50,
-        help="of the fit; default: 50",
-    )
-    parser.add_argument(
-        "--seed",
-        type=_parsed(int, "a whole number, at least 0", lambda x: x >= 0),
-        default=0,
-        help="of starts and resampling; default: 0",
-    )
-    parser.add_argument(
-        "--delta",
-        type=_parsed(float, "a number from 1e-12 to 1e+12", lambda x: 1e-12 <= x <= 1e12),
-        default=1e-3,
-        help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
-        "the paper's for language models",
-    )
-    parser.set_defaults(options=FitScalingOptions, extra="tools")
-
-
-def _parsed(
+def _number(
     kind: type[int] | type[float], allowed: str, is_allowed: Callable[[float], bool]
 ) -> Callable[[str], float]:
     """A parser of numbers, for argparse: `allowed` says in words what they may be."""
@@ -163,3 +58,86 @@ def _parsed(
         return value
 
     return parse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitScalingOptions:
+    """Options of `t5x-sparsity fit-scaling`."""
+
+    table: str = argument(metavar="TABLE", help="the runs, see above")
+    compute: Sequence[float] = argument(
+        "--compute",
+        nargs="+",
+        default=(),
+        type=_number(float, "a number from 1e-60 to 1e+60", lambda x: 1e-60 <= x <= 1e60),
+        metavar="FLOPS",
+        help="training FLOPs to find the best sparsity for; without it three, from the least to "
+        "the most that a run of the table took",
+    )
+    size: Sequence[float] = argument(
+        "--size",
+        nargs="+",
+        default=(),
+        type=_number(float, "a number from 1e-30 to 1e+30", lambda x: LEAST <= x <= MOST),
+        metavar="WEIGHTS",
+        help="non-zero weights to find it for, beside the best size for the compute; without it "
+        "the middle size of the table",
+    )
+    cost: str = argument(
+        "--cost",
+        choices=COSTS,
+        default="gradual",
+        help="what training costs, as 6 x non-zero weights x tokens times: gradual, pruned over "
+        "the middle half of training, 5/8 + 3/8 / (1 - S), the default; dense, zeros cost as "
+        "much, 1 / (1 - S); sparse, zeros cost nothing from the start, 1",
+    )
+    plots: str | None = argument(
+        "--plots", metavar="OUT.html", help="write a page of plots that needs no other file"
+    )
+    json: bool = argument("--json", action="store_true", help="print one JSON object")
+    bootstrap: int = argument(
+        "--bootstrap",
+        type=_number(int, "a whole number, 0 or at least 20", lambda x: x == 0 or x >= 20),
+        default=200,
+        metavar="TABLES",
+        help="tables to resample for intervals, 0 for no intervals; default: 200",
+    )
+    level: float = argument(
+        "--level",
+        type=_number(float, "a number between 0 and 1", lambda x: 0 < x < 1),
+        default=0.95,
+        help="of the intervals; default: 0.95",
+    )
+    starts: int = argument(
+        "--starts",
+        type=_number(int, "a whole number, at least 1", lambda x: x >= 1),
+        default=50,
+        help="of the fit; default: 50",
+    )
+    seed: int = argument(
+        "--seed",
+        type=_number(int, "a whole number, at least 0", lambda x: x >= 0),
+        default=0,
+        help="of starts and resampling; default: 0",
+    )
+    delta: float = argument(
+        "--delta",
+        type=_number(float, "a number from 1e-12 to 1e+12", lambda x: 1e-12 <= x <= 1e12),
+        default=1e-3,
+        help="where the Huber loss of a log residual turns from square to linear; default: 0.001, "
+        "the paper's for language models",
+    )
+
+
+def add(commands) -> None:
+    """Adds the command to those of `t5x-sparsity`."""
+    add_command(
+        commands,
+        "fit-scaling",
+        FitScalingOptions,
+        extra="tools",
+        help="fit the sparse scaling law to a table of runs",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from t5x_sparsity.commands.options import add_command, argument
+
 _DESCRIPTION = """\
 Shows what a checkpoint's zeros look like, weight by weight: weights kept, sparsity against the
 target, dead rows and columns, and the pattern that holds exactly, such as 2:4 along the inputs;
@@ -27,39 +29,27 @@ number."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Options of `t5x-sparsity inspect`.
+    """Options of `t5x-sparsity inspect`."""
 
-    Attributes:
-      checkpoint: a folder checkpoint_<step>, or the MODEL_DIR above it for the last one.
-      compare: another, to compare with; None shows the one alone.
-      json: print one JSON object instead of tables.
-      all: list dense weights too.
-    """
-
-    checkpoint: str
-    compare: str | None = None
-    json: bool = False
-    all: bool = False
+    checkpoint: str = argument(
+        metavar="CHECKPOINT", help="a folder checkpoint_<step>, or a MODEL_DIR for its last one"
+    )
+    compare: str | None = argument(
+        "--compare", metavar="OTHER", help="another checkpoint or MODEL_DIR to compare with"
+    )
+    json: bool = argument("--json", action="store_true", help="print one JSON object")
+    all: bool = argument("--all", action="store_true", help="list dense weights too")
 
 
 def add(commands) -> None:
-    """Adds the subcommand to those of `t5x-sparsity`."""
-    inspect = commands.add_parser(
+    """Adds the command to those of `t5x-sparsity`."""
+    add_command(
+        commands,
         "inspect",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        InspectOptions,
+        extra="tools",
         help="show a checkpoint's sparsity, weight by weight, or compare two",
         description=_DESCRIPTION,
         epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a folder checkpoint_<step>, or a MODEL_DIR for its last one",
-    )
-    inspect.add_argument(
-        "--compare", metavar="OTHER", help="another checkpoint or MODEL_DIR to compare with"
-    )
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.add_argument("--all", action="store_true", help="list dense weights too")
-    inspect.set_defaults(options=InspectOptions, extra="tools")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from typing import Any
 
 import jax
 from absl import logging
@@ -72,14 +73,23 @@ def _check_batch(config: run_file.Run, devices: aot.Slice) -> None:
 def _plan(config: run_file.Run, initializer) -> Report:
     state, axes = initializer.global_train_state_shape, initializer.train_state_axes
     sparse = isinstance(initializer, SparseTrainStateInitializer)
-    plan = state._optimizer.optimizer_def.plan(state.params) if sparse else {}
+    plan, masks, slots, bytes_per_device = {}, {}, {}, 0
+    mesh = config.partitioner.mesh
+    if sparse:
+        optimizer = state._optimizer
+        plan = optimizer.optimizer_def.plan(state.params)
+        masks, slots = optimizer.state.sparsity.masks, optimizer.state.sparsity.slots
+        mask_axes = axes._optimizer.state.sparsity.masks
+        bytes_per_device = sum(
+            _bytes(NamedSharding(mesh, mask_axes[p]).shard_shape(m.shape), m.dtype)
+            for p, m in masks.items()
+        )
     shapes, specs = flatten(state.params), _leaves(axes.params)
     names = _leaves(config.partitioner.get_logical_axes(state).params)
     expected = {p: round(layer.size * (1 - layer.level)) for p, layer in plan.items()}
     summaries = {
         r.path: r for r in summarize({p: x.shape for p, x in plan.items()}, expected, plan)
     }
-    mesh = config.partitioner.mesh
     rows = []
     for path, weight in shapes.items():
         layer, spec, own = plan.get(path), specs.get(path), summaries.get(path)
@@ -95,21 +105,9 @@ def _plan(config: run_file.Run, initializer) -> Report:
                 algorithm="" if layer is None else type(layer.algorithm).__name__,
                 sparsity=None if own is None else own.target,
                 kept=kept,
-                mask_bytes=0,
-                is_sparse=layer is not None,
+                mask_bytes=None if layer is None else _size(masks.get(path)),
             )
         )
-    masks, slots, mask_axes = {}, {}, {}
-    if sparse:
-        sparsity = state._optimizer.state.sparsity
-        masks, slots = sparsity.masks, sparsity.slots
-        mask_axes = axes._optimizer.state.sparsity.masks
-    rows = [r._replace(mask_bytes=masks[r.path].size if r.path in masks else 0) for r in rows]
-    per_device = sum(
-        _bytes(NamedSharding(mesh, mask_axes[p]).shard_shape(m.shape), m.dtype)
-        for p, m in masks.items()
-    )
-    products = loss_products(config.model, state, config.batch)
     return Report(
         host=host.NAME,
         is_sparse=sparse,
@@ -117,11 +115,11 @@ def _plan(config: run_file.Run, initializer) -> Report:
         target=summaries[TOTAL].target if plan else None,
         kept=sum(expected.get(p, x.size) for p, x in shapes.items()),
         total_steps=config.total_steps,
-        flops=run_flops(plan, products, config.total_steps),
+        flops=run_flops(plan, loss_products(config.model, state, config.batch), config.total_steps),
         other_state_bytes=sum(
             _bytes(x.shape, x.dtype) for arrays in slots.values() for x in arrays.values()
         ),
-        mask_bytes_per_device=per_device,
+        mask_bytes_per_device=bytes_per_device,
         mesh=dict(mesh.shape),
         missing_imports=config.missing_imports,
         warnings=ramp_warnings(plan),
@@ -136,37 +134,32 @@ def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> SliceRepo
         for k, x in config.batch.items()
     }
 
-    def state_of(made):
-        return aot.placed(made.global_train_state_shape, made.train_state_axes, mesh)
+    def made(initializer, cls=None):
+        """A trainer, and the state that it is for."""
+        axes = initializer.train_state_axes
+        state = aot.placed(initializer.global_train_state_shape, axes, mesh)
+        return config.trainer(initializer, state, cls), state
 
     with as_command_errors("the run makes no trainer: "), aot.on_slice(devices):
-        own_state = state_of(initializer)
-        own = config.trainer(initializer, own_state)
-        steps = {"dense": (own, own_state)}
+        dense, dense_state = own, own_state = made(initializer)
+        variants = {}
         if isinstance(own, SparseTrainer):
-            dense = config.initializer(host.TrainStateInitializer)
-            dense_state = state_of(dense)
             base = type(own).__bases__[1]
-            steps["dense"] = config.trainer(dense, dense_state, base), dense_state
-            steps |= {kind: (own, own_state) for kind in own.train_step_variants()}
+            dense, dense_state = made(config.initializer(host.TrainStateInitializer), base)
+            variants = own.train_step_variants()
+        steps = {"dense": (dense._partitioned_train_step, dense_state)}
+        steps |= {kind: (step, own_state) for kind, step in variants.items()}
     found = {}
-    for kind, (trainer, state) in steps.items():
-        if kind == "dense":
-            step = trainer._partitioned_train_step
-        else:
-            step = trainer.train_step_variants()[kind]
+    for kind, (step, state) in steps.items():
         with spinner(f"compiling the {kind} step for {devices.name}"):
             found[kind] = aot.compile_step(step, devices, state, batch)
-    for trainer, _ in {id(t): (t, s) for t, s in steps.values()}.values():
+    for trainer in {dense, own}:
         trainer.close()
-    return SliceReport(
-        name=devices.name,
-        kind=devices.kind,
-        chips=len(devices.devices),
-        mesh=dict(mesh.shape),
-        hbm_bytes=devices.hbm_bytes,
-        steps=found,
-    )
+    return SliceReport(devices=devices, steps=found)
+
+
+def _size(x: Any) -> int:
+    return 0 if x is None else x.size
 
 
 def _bytes(shape, dtype) -> int:

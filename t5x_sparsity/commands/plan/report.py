@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from t5x_sparsity.ahead_of_time.program import COLLECTIVES
-from t5x_sparsity.ahead_of_time.slices import Compilation
+from t5x_sparsity.ahead_of_time.program import COLLECTIVES, CompiledStep
+from t5x_sparsity.ahead_of_time.slices import Compilation, Slice
 from t5x_sparsity.commands.text import format_bytes
 from t5x_sparsity.monitoring.flops import RunFlops
 from t5x_sparsity.monitoring.text_table import text_table
@@ -29,8 +29,7 @@ class WeightRow(NamedTuple):
       algorithm: what chooses its mask, '' for a dense weight.
       sparsity: its target, None where it is dense or only the total has one.
       kept: weights that aren't zero in the end, None where only the total is known.
-      mask_bytes: of its stored mask, on all devices together.
-      is_sparse: whether it has a mask.
+      mask_bytes: of its stored mask, on all devices together; None for a dense weight.
     """
 
     path: str
@@ -41,12 +40,21 @@ class WeightRow(NamedTuple):
     algorithm: str
     sparsity: float | None
     kept: int | None
-    mask_bytes: int
-    is_sparse: bool
+    mask_bytes: int | None
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.mask_bytes is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {**self._asdict(), "is_sparse": self.is_sparse, "size": self.size}
+        if not self.is_sparse:
+            del found["mask_bytes"]
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,26 +62,22 @@ class SliceReport:
     """What the steps take on each chip of a TPU slice.
 
     Attributes:
-      name: of the topology.
-      kind: of its chips.
-      chips: their number.
-      mesh: axis -> size.
-      hbm_bytes: memory of a chip that a program can use; None where libtpu doesn't say.
+      devices: of the slice.
       steps: 'dense', 'plain' and, where masks change, 'update'.
     """
 
-    name: str
-    kind: str
-    chips: int
-    mesh: Mapping[str, int]
-    hbm_bytes: int | None
+    devices: Slice
     steps: Mapping[str, Compilation]
 
     @property
+    def own(self) -> dict[str, Compilation]:
+        """The steps of the run itself; the dense one is there to compare."""
+        return {k: c for k, c in self.steps.items() if k != "dense"} or dict(self.steps)
+
+    @property
     def fits(self) -> bool:
-        """Whether all steps of the run itself fit; the dense one is there to compare."""
-        own = [c for kind, c in self.steps.items() if kind != "dense" or len(self.steps) == 1]
-        return all(c.fits for c in own)
+        """Whether all steps of the run itself fit."""
+        return all(c.fits for c in self.own.values())
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -120,7 +124,15 @@ class Report:
 
     @property
     def mask_bytes(self) -> int:
-        return sum(r.mask_bytes for r in self.weights)
+        return sum(r.mask_bytes for r in self.sparse)
+
+    @property
+    def size(self) -> int:
+        return sum(r.size for r in self.weights)
+
+    @property
+    def sparse_size(self) -> int:
+        return sum(r.size for r in self.sparse)
 
     @property
     def training_share(self) -> float:
@@ -137,14 +149,10 @@ class Report:
             "is_sparse": self.is_sparse,
             "missing_imports": list(self.missing_imports),
             "warnings": list(self.warnings),
-            "weights": [
-                {k: v for k, v in r._asdict().items() if r.is_sparse or k != "mask_bytes"}
-                | {"size": r.size}
-                for r in self.weights
-            ],
+            "weights": [r.as_dict() for r in self.weights],
             "totals": {
-                "weights": sum(r.size for r in self.weights),
-                "sparse_weights": sum(r.size for r in self.sparse),
+                "weights": self.size,
+                "sparse_weights": self.sparse_size,
                 "sparsity": self.target,
                 "kept": self.kept,
                 "mask_bytes": self.mask_bytes,
@@ -158,26 +166,23 @@ class Report:
                 **self.flops._asdict(),
             },
             "mesh": dict(self.mesh),
-            "topology": None if self.slice is None else _slice_dict(self.slice),
+            "topology": None if self.slice is None else self._slice_dict(self.slice),
         }
 
     def as_text(self, *, all_weights: bool) -> str:
         """For a person."""
         parts = [self._weights_text(all_weights), self._summary_text()]
         if self.slice is not None:
-            parts.append(_slice_text(self.slice))
+            parts.append(self._slice_text(self.slice))
         return "\n\n".join(parts)
 
     def _weights_text(self, all_weights: bool) -> str:
         rows = [_row(r) for r in self.weights if r.is_sparse or all_weights]
         if self.dense and not all_weights:
-            size = sum(r.size for r in self.dense)
-            what = f"{len(self.dense)} dense weights"
-            rows.append((what, "", "", "", "", "", "", f"{size:,}", f"{size:,}", ""))
-        size = sum(r.size for r in self.weights)
-        rows.append(
-            ("total", "", "", "", "", "", "", f"{size:,}", f"{self.kept:,}", f"{self.mask_bytes:,}")
-        )
+            size = f"{self.size - self.sparse_size:,}"
+            rows.append((f"{len(self.dense)} dense weights", *[""] * 6, size, size, ""))
+        total = f"{self.size:,}", f"{self.kept:,}", f"{self.mask_bytes:,}"
+        rows.append(("total", *[""] * 6, *total))
         headers = (
             "weight", "shape", "logical axes", "PartitionSpec", "pattern", "algorithm", "sparsity",
             "weights", "kept", "mask bytes",
@@ -189,21 +194,19 @@ class Report:
         if self.missing_imports:
             names = ", ".join(sorted(set(self.missing_imports)))
             lines.append(f"Passed over, not installed: {names}")
-        size = sum(r.size for r in self.weights)
-        sparse = sum(r.size for r in self.sparse)
         if not self.is_sparse:
             lines.append("The run is dense: it includes none of sparsity/*.gin.")
         elif not self.sparse:
             lines.append("The run is dense: no weight is made sparse.")
         else:
             lines.append(
-                f"Sparse: {sparse:,} of {size:,} weights, {self.target:.2%} of them zero in the "
-                f"end, {1 - self.kept / size:.2%} of all."
+                f"Sparse: {self.sparse_size:,} of {self.size:,} weights, {self.target:.2%} of them "
+                f"zero in the end, {1 - self.kept / self.size:.2%} of all."
             )
-            mesh = " x ".join(f"{n} {axis}" for axis, n in self.mesh.items())
             lines.append(
                 f"Masks: {format_bytes(self.mask_bytes)} in all, "
-                f"{format_bytes(self.mask_bytes_per_device)} on each device of the mesh ({mesh})."
+                f"{format_bytes(self.mask_bytes_per_device)} on each device of the mesh "
+                f"({self._mesh})."
             )
             if self.other_state_bytes:
                 lines.append(
@@ -218,6 +221,64 @@ class Report:
             f"{self.flops.dense_training:.4g} in training."
         )
         lines += [f"Beware: {warning}." for warning in self.warnings]
+        return "\n".join(lines)
+
+    @property
+    def _mesh(self) -> str:
+        return " x ".join(f"{n} {axis}" for axis, n in self.mesh.items())
+
+    def _slice_dict(self, found: SliceReport) -> dict[str, Any]:
+        return {
+            "name": found.devices.name,
+            "chip": found.devices.kind,
+            "chips": len(found.devices.devices),
+            "mesh": dict(self.mesh),
+            "usable_bytes_per_chip": found.devices.hbm_bytes,
+            "fits": found.fits,
+            "steps": {kind: _compilation_dict(c) for kind, c in found.steps.items()},
+        }
+
+    def _slice_text(self, found: SliceReport) -> str:
+        devices, steps = found.devices, [c.step for c in found.steps.values()]
+
+        def row(name: str, show: Callable[[CompiledStep], str]) -> tuple[str, ...]:
+            return (name, *("" if s is None else show(s) for s in steps))
+
+        def collective(kind: str) -> Callable[[CompiledStep], str]:
+            def show(s: CompiledStep) -> str:
+                c = s.collectives.get(kind)
+                return "-" if c is None else f"{c.count:,} x, {format_bytes(c.bytes)}"
+
+            return show
+
+        kinds = [k for k in COLLECTIVES if any(s and k in s.collectives for s in steps)]
+        rows = [
+            row("arguments", lambda s: format_bytes(s.argument_bytes)),
+            row("temporaries", lambda s: format_bytes(s.temp_bytes)),
+            row("program", lambda s: format_bytes(s.code_bytes)),
+            row("peak", lambda s: format_bytes(s.peak_bytes)),
+            row("GFLOPs", lambda s: f"{s.flops / 1e9:,.1f}"),
+            *(row(kind, collective(kind)) for kind in kinds),
+            ("compile seconds", *(f"{c.seconds:.1f}" for c in found.steps.values())),
+            ("fits", *("yes" if c.fits else "no" for c in found.steps.values())),
+        ]
+        lines = [
+            f"{devices.name}: {len(devices.devices)} chips ({devices.kind}), mesh {self._mesh}. "
+            "On each chip:",
+            "",
+            text_table(rows, headers=("", *found.steps), align="l" + "r" * len(steps)),
+            "",
+        ]
+        if any(s and s.open_loops for s in steps):
+            lines.append(
+                "Collectives in loops that may end early, as a search does, are counted once."
+            )
+        for kind, c in found.steps.items():
+            if not c.fits:
+                lines.append(f"The {kind} step does not fit: {_memory(c)}.")
+        if found.fits:
+            most = max(found.own.values(), key=lambda c: c.needed_bytes)
+            lines.append(f"It fits: {_memory(most)} a chip.")
         return "\n".join(lines)
 
 
@@ -240,73 +301,22 @@ def _axis(axis: Any) -> str:
     return "+".join(axis) if isinstance(axis, tuple) else "-" if axis is None else str(axis)
 
 
-def _slice_dict(found: SliceReport) -> dict[str, Any]:
-    def of(c: Compilation) -> dict[str, Any]:
-        step = None
-        if c.step is not None:
-            step = dataclasses.asdict(c.step)
-            step["collectives"] = {k: x._asdict() for k, x in c.step.collectives.items()}
-        return {
-            "fits": c.fits,
-            "compile_seconds": c.seconds,
-            "needed_bytes": c.needed_bytes,
-            "available_bytes": c.available_bytes,
-            "per_chip": step,
-        }
-
+def _compilation_dict(c: Compilation) -> dict[str, Any]:
+    step = None
+    if c.step is not None:
+        step = dataclasses.asdict(c.step)
+        step["collectives"] = {k: x._asdict() for k, x in c.step.collectives.items()}
     return {
-        "name": found.name,
-        "chip": found.kind,
-        "chips": found.chips,
-        "mesh": dict(found.mesh),
-        "usable_bytes_per_chip": found.hbm_bytes,
-        "fits": found.fits,
-        "steps": {kind: of(c) for kind, c in found.steps.items()},
+        "fits": c.fits,
+        "compile_seconds": c.seconds,
+        "needed_bytes": c.needed_bytes,
+        "available_bytes": c.available_bytes,
+        "per_chip": step,
     }
 
 
-def _slice_text(found: SliceReport) -> str:
-    steps = [c.step for c in found.steps.values()]
-
-    def row(name, show):
-        return (name, *("" if s is None else show(s) for s in steps))
-
-    def collective(kind):
-        def show(s):
-            c = s.collectives.get(kind)
-            return "-" if c is None else f"{c.count:,} x, {format_bytes(c.bytes)}"
-
-        return row(kind, show)
-
-    rows = [
-        row("arguments", lambda s: format_bytes(s.argument_bytes)),
-        row("temporaries", lambda s: format_bytes(s.temp_bytes)),
-        row("program", lambda s: format_bytes(s.code_bytes)),
-        row("peak", lambda s: format_bytes(s.peak_bytes)),
-        row("GFLOPs", lambda s: f"{s.flops / 1e9:,.1f}"),
-        *(collective(k) for k in COLLECTIVES if any(s and k in s.collectives for s in steps)),
-        ("compile seconds", *(f"{c.seconds:.1f}" for c in found.steps.values())),
-        ("fits", *("yes" if c.fits else "no" for c in found.steps.values())),
-    ]
-    mesh = " x ".join(f"{n} {axis}" for axis, n in found.mesh.items())
-    lines = [
-        f"{found.name}: {found.chips} chips ({found.kind}), mesh {mesh}. On each chip:",
-        "",
-        text_table(rows, headers=("", *found.steps), align="l" + "r" * len(steps)),
-        "",
-    ]
-    if any(s and s.open_loops for s in steps):
-        lines.append("Collectives in loops that may end early, as a search does, are counted once.")
-    for kind, c in found.steps.items():
-        if not c.fits:
-            lines.append(f"The {kind} step does not fit: {_of(c)}.")
-    if found.fits:
-        own = [c for kind, c in found.steps.items() if kind != "dense" or len(steps) == 1]
-        lines.append(f"It fits: {_of(max(own, key=lambda c: c.needed_bytes))} a chip.")
-    return "\n".join(lines)
-
-
-def _of(c: Compilation) -> str:
+def _memory(c: Compilation) -> str:
+    """What a step needs of a chip's memory."""
     if c.needed_bytes is None:
         return "libtpu refused it for memory"
     if c.available_bytes is None:

@@ -22,8 +22,18 @@ from t5x_sparsity.commands.text import evenly_spaced
 # The most points of a curve on the page, and the most columns of a heatmap.
 MAX_POINTS = 1000
 MAX_COLUMNS = 200
-# of one height, however many rows there are
+# its height doesn't depend on the number of rows
 _COLORBAR = {"lenmode": "pixels", "len": 200, "y": 1, "yanchor": "top"}
+# axes; formats are those of d3
+_STEPS = {"title": {"text": "step"}, "hoverformat": ","}
+_FLOPS_SO_FAR = {
+    "title": {"text": "training FLOPs so far"},
+    "hoverformat": ",.4~s",
+    "tickformat": "~s",
+}
+_FLOPS = {"hoverformat": ".4s", "tickformat": "~s"}
+_NUMBERS = {"hoverformat": ",.5~g"}
+_OVER_STEPS = {"xaxis": _STEPS, "yaxis": _NUMBERS}
 # below this many points, each is marked, and nothing is smoothed
 _FEW = 40
 
@@ -48,7 +58,7 @@ class Chart:
       id: of its element.
       title: above it.
       note: below the title, plain text.
-      runs: the runs that it has.
+      runs: that it shows.
       keys: its legend next to the runs' colours; one kind of line needs none.
       data: plotly's traces; `meta` is the index of the run.
       layout: plotly's layout, without what all charts share.
@@ -73,17 +83,17 @@ def loss_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
     if with_loss:
         series = [r.train_loss[1] for r in with_loss]
         smooth = any(len(s.steps) > _FEW for s in series)
-        points = max(window(s) for s in series)
+        mean = f"; the line is the exponential mean over about {max(map(window, series))} points"
         yield Chart(
             id="chart-train-loss",
             title="Training loss",
-            note=_smoothing(points) if smooth else "Nats a target token.",
+            note=f"Nats a target token{mean if smooth else ''}.",
             runs=with_loss,
             keys=[Key("line", "smoothed"), Key("light", "as logged")] if smooth else [],
             data=[t for r, s in zip(with_loss, series, strict=True) for t in _loss_lines(r, s)],
-            layout=_axes(),
+            layout=_OVER_STEPS,
         )
-    for i, task in enumerate(sorted({t for r in runs for t in r.eval_losses})):
+    for i, task in enumerate(_tasks(runs)):
         found = [r for r in runs if task in r.eval_losses]
         yield Chart(
             id=f"chart-validation-{i}",
@@ -91,12 +101,12 @@ def loss_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
             note="Nats a target token, at each evaluation.",
             runs=found,
             data=[_line(r, r.eval_losses[task], "loss", always_marked=True) for r in found],
-            layout=_axes(),
+            layout=_OVER_STEPS,
         )
 
 
-def _smoothing(points: int) -> str:
-    return f"Nats a target token; the line is the exponential mean over about {points} points."
+def _tasks(runs: Sequence[ReportRun]) -> list[str]:
+    return sorted({task for run in runs for task in run.eval_losses})
 
 
 def _loss_lines(run: ReportRun, series: Series) -> Iterator[dict[str, Any]]:
@@ -117,7 +127,7 @@ def sparsity_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         id="chart-sparsity",
         title="Sparsity over the run",
         note="Share of the sparse layers' weights that are zero, all those layers together.",
-        axes=_share_axes,
+        axis=_shares,
     )
     yield from _series_chart(
         runs,
@@ -125,7 +135,7 @@ def sparsity_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         id="chart-explored",
         title="Weights ever active",
         note="Share of weights that any mask so far has kept (ITOP).",
-        axes=_share_axes,
+        axis=_shares,
     )
 
 
@@ -137,7 +147,7 @@ def churn_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         id="chart-churn",
         title="Churn of a mask update",
         note="Of the weights then updated, the share of active ones that was replaced.",
-        axes=functools.partial(_share_axes, from_zero=True),
+        axis=_shares_from_zero,
         shape="hv",
     )
     yield from _series_chart(
@@ -147,40 +157,41 @@ def churn_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         id="chart-grown",
         title="Weights grown and dropped",
         note="Counts at the last mask update.",
-        axes=lambda data: _axes(),
+        axis=lambda data: _NUMBERS,
         shape="hv",
     )
-    by_layer = {r.index: _layers_of(r) for r in runs}
-    highest = max((np.nanmax(z) for _, _, z in by_layer.values() if z.size), default=0.0)
-    for run in runs:
-        paths, steps, z = by_layer[run.index]
-        if z.size and np.nanmax(z) > 0:
-            yield _heatmap(run, paths, steps, z, highest, len(runs) > 1)
+    by_layer = [(run, layers) for run in runs if (layers := _churn_by_layer(run))]
+    highest = max((np.nanmax(churn) for _, (_, _, churn) in by_layer), default=0.0)
+    for run, (paths, steps, churn) in by_layer:
+        if np.nanmax(churn) > 0:
+            yield _heatmap(run, paths, steps, churn, highest, len(runs) > 1)
 
 
-def _layers_of(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Paths, steps, and churn of shape [paths, steps]; NaN where a mask wasn't updated."""
+def _churn_by_layer(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+    """Paths, steps, and churn of shape [paths, steps], NaN where a mask wasn't updated.
+
+    None where nothing is finite.
+    """
     series = {p: s for p, s in run.run.group("mask_churn").items() if p != TOTAL}
     paths = sorted(series, key=natural)
     if not paths:
-        return [], np.zeros(0), np.zeros((0, 0))
+        return None
     steps = np.unique(np.concatenate([s.steps for s in series.values()]))
     steps = np.array(evenly_spaced(steps, MAX_COLUMNS))
-    z = np.full((len(paths), len(steps)), np.nan)
+    churn = np.full((len(paths), len(steps)), np.nan)
     for row, path in enumerate(paths):
         finite = np.isfinite(series[path].values)
-        # of the steps up to a column's, after the column before, the last counts: weights may be
-        # updated at steps of their own
+        # a column stands for the steps after the one before it, and shows the last of them: weights
+        # may be updated at steps of their own
         at = np.searchsorted(steps, series[path].steps[finite])
-        z[row, at] = series[path].values[finite]
-    # nothing but what isn't finite
-    return ([], np.zeros(0), np.zeros((0, 0))) if np.isnan(z).all() else (paths, steps, z)
+        churn[row, at] = series[path].values[finite]
+    return None if np.isnan(churn).all() else (paths, steps, churn)
 
 
-def _heatmap(run: ReportRun, paths, steps, z, highest: float, named: bool) -> Chart:
-    row = 22.0 if len(paths) <= 20 else max(4.5, min(22.0, 560 / len(paths)))
+def _heatmap(run: ReportRun, paths, steps, churn, highest: float, named: bool) -> Chart:
+    row_height = 22.0 if len(paths) <= 20 else max(4.5, min(22.0, 560 / len(paths)))
     names = [html.escape(p) for p in paths]
-    at, labels = _row_labels(paths, row)
+    at, labels = _row_labels(paths, row_height)
     return Chart(
         id=f"chart-churn-layers-{run.index}",
         title="Churn by layer" + (f", {short(run.name, 32)}" if named else ""),
@@ -194,12 +205,12 @@ def _heatmap(run: ReportRun, paths, steps, z, highest: float, named: bool) -> Ch
                 "meta": run.index,
                 "x": steps.tolist(),
                 "y": names,
-                "z": [[_number(v) for v in r] for r in z],
+                "z": [[_number(v) for v in row] for row in churn],
                 "zmin": 0,
                 "zmax": max(float(highest), 1e-6),
                 "colorscale": "@heat",
                 "xgap": 0,
-                "ygap": 1 if row > 8 else 0,
+                "ygap": 1 if row_height > 8 else 0,
                 "colorbar": {"tickformat": ".2~%", "thickness": 10, "outlinewidth": 0} | _COLORBAR,
                 "hovertemplate": "%{y}<br>step %{x:,}<br>churn %{z:.2%}<extra></extra>",
             }
@@ -219,19 +230,19 @@ def _heatmap(run: ReportRun, paths, steps, z, highest: float, named: bool) -> Ch
                 "short": [html.escape(short(n, 20)) for n in labels],
             },
         },
-        height=round(len(paths) * row) + 64,
+        height=round(len(paths) * row_height) + 64,
         is_wide=True,
     )
 
 
-def _row_labels(paths: Sequence[str], row: float) -> tuple[list[int], list[str]]:
+def _row_labels(paths: Sequence[str], row_height: float) -> tuple[list[int], list[str]]:
     """Rows that are named, and their names: all that there is room for, or the starts of blocks."""
-    if row >= 12:
+    if row_height >= 12:
         return list(range(len(paths))), trim(paths)
     starts = [i for i, p in enumerate(paths) if i == 0 or block_of(p) != block_of(paths[i - 1])]
     at = [starts[0]]
     for i in starts[1:]:
-        if (i - at[-1]) * row >= 12:
+        if (i - at[-1]) * row_height >= 12:
             at.append(i)
     return at, [block_of(paths[i]) for i in at]
 
@@ -246,7 +257,7 @@ def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         title="Training FLOPs so far",
         note="Of matrix products, were zeros skipped; dense is the same run without masks.",
         keys=[Key("line", "this run"), Key("dot", "dense")],
-        axes=lambda data: _axes(tickformat="~s", hover=".4s"),
+        axis=lambda data: _FLOPS,
     )
     yield from _series_chart(
         runs,
@@ -255,12 +266,11 @@ def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
         id="chart-flops-share",
         title="FLOPs as a share of dense",
         note="Training so far in the run, and inference with the masks of that step.",
-        axes=functools.partial(_share_axes, from_zero=True),
+        axis=_shares_from_zero,
     )
     found = [r for r in runs if "flops/training" in r.run.train]
     # for one run it would repeat the validation loss
-    tasks = sorted({t for r in found for t in r.eval_losses}) if len(found) > 1 else ()
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(_tasks(found) if len(found) > 1 else ()):
         lines = [(r, _by_flops(r, r.eval_losses[task])) for r in found if task in r.eval_losses]
         lines = [(r, line) for r, line in lines if line is not None]
         if lines:
@@ -270,7 +280,7 @@ def flops_charts(runs: Sequence[ReportRun]) -> Iterator[Chart]:
                 note="At each evaluation; lower and further left is better.",
                 runs=[r for r, _ in lines],
                 data=[line for _, line in lines],
-                layout=_axes(x="training FLOPs so far", x_format="~s"),
+                layout={"xaxis": _FLOPS_SO_FAR, "yaxis": _NUMBERS},
             )
 
 
@@ -316,15 +326,15 @@ def _series_chart(
     first: tuple[str, str],
     second: tuple[str, str] | None = None,
     *,
-    axes: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+    axis: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
     keys: Sequence[Key] = (),
     shape: str = "linear",
     **chart: Any,
 ) -> Iterator[Chart]:
     """The chart of a series of training, and of a second to compare it with: (tag, name) of each.
 
-    There is none where no run has the first. `axes` makes the layout from the traces; `keys` are
-    needed where they aren't the names.
+    There is none where no run has the first. `axis` makes the vertical axis from the traces; `keys`
+    are needed where they aren't the names.
     """
     found = [r for r in runs if first[0] in r.run.train]
     if not found:
@@ -335,33 +345,19 @@ def _series_chart(
     for run in found:
         data.append(_line(run, run.run.train[first[0]], first[1], shape=shape))
         if second and second[0] in run.run.train:
-            # its own look shows where one line lies on the other
+            # another style, since one line may lie on the other
             line = _line(run, run.run.train[second[0]], second[1], shape=shape)
             color = line["line"]["color"] if len(runs) > 1 else "@ink"
             style = {"color": color, "width": 1.5, "dash": keys[1].style, "shape": shape}
             data.append(line | {"mode": "lines", "line": style})
     keys = keys if len(data) > len(found) else ()
-    yield Chart(runs=found, keys=keys, data=data, layout=axes(data), **chart)
+    yield Chart(
+        runs=found, keys=keys, data=data, layout={"xaxis": _STEPS, "yaxis": axis(data)}, **chart
+    )
 
 
-def _axes(
-    *,
-    x: str = "step",
-    x_format: str | None = None,
-    tickformat: str | None = None,
-    hover: str = ",.5~g",
-) -> dict[str, Any]:
-    yaxis: dict[str, Any] = {"hoverformat": hover}
-    if tickformat:
-        yaxis["tickformat"] = tickformat
-    xaxis: dict[str, Any] = {"title": {"text": x}, "hoverformat": ",.4~s" if x_format else ","}
-    if x_format:
-        xaxis["tickformat"] = x_format
-    return {"xaxis": xaxis, "yaxis": yaxis}
-
-
-def _share_axes(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False) -> dict[str, Any]:
-    """Axes of shares, over the part of [0, 1] that shows all values with some room."""
+def _shares(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False) -> dict[str, Any]:
+    """An axis of shares, over the part of [0, 1] that shows all values with some room."""
     values = [v for trace in data for v in trace["y"] if v is not None]
     low, high = 0.0, 1.0
     if values:
@@ -370,14 +366,16 @@ def _share_axes(data: Sequence[Mapping[str, Any]], *, from_zero: bool = False) -
         # a curve at an end of the scale stays visible if the scale goes on a little
         low, high = max(least - room, -0.01), min(most + room, 1.01)
     digits = 0 if high - low > 0.08 else 1 if high - low > 0.008 else 2
-    axes = _axes(tickformat=f".{digits}%", hover=".2%")
-    return axes | {"yaxis": axes["yaxis"] | {"range": [low, high]}}
+    return {"hoverformat": ".2%", "tickformat": f".{digits}%", "range": [low, high]}
+
+
+_shares_from_zero = functools.partial(_shares, from_zero=True)
 
 
 def thinned(series: Series, limit: int = MAX_POINTS) -> Series:
     """At most `limit` points: the lowest and the highest of each of limit / 2 stretches.
 
-    What isn't finite stays where a stretch has nothing else. No spike is lost.
+    A stretch without any finite value keeps its first. No spike is lost.
     """
     n = len(series.steps)
     if n <= limit:

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from t5x_sparsity.commands.options import add_command, argument
+
 _DESCRIPTION = """\
 Makes one HTML page of what a run did, or of several side by side: loss and sparsity over steps,
 sparsity by layer, churn, images of masks, FLOPs against dense, and the configuration. It reads the
@@ -23,53 +25,41 @@ examples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Options of `t5x-sparsity report`.
+    """Options of `t5x-sparsity report`."""
 
-    Attributes:
-      model_dirs: folders of runs, 1 to 8.
-      out: the page; None: sparsity_report.html in the run's folder, of several runs in the current
-        one.
-      names: of the runs on the page, one each; none: those of their folders.
-      json: print one JSON object of key numbers.
-    """
-
-    model_dirs: Sequence[str]
-    out: str | None = None
-    names: Sequence[str] = ()
-    json: bool = False
-
-
-def add(commands) -> None:
-    """Adds the subcommand to those of `t5x-sparsity`."""
-    report = commands.add_parser(
-        "report",
-        allow_abbrev=False,
-        help="make one HTML page of one or more runs",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    model_dirs: Sequence[str] = argument(
+        nargs="+", metavar="MODEL_DIR", help="folder of a run; at most 8"
     )
-    report.add_argument(
-        "model_dirs", nargs="+", metavar="MODEL_DIR", help="folder of a run; at most 8"
-    )
-    report.add_argument(
+    out: str | None = argument(
         "--out",
         metavar="FILE",
         help="the page; default: MODEL_DIR/sparsity_report.html for one run, for several "
         "sparsity_report.html in the current folder",
     )
-    report.add_argument(
+    names: Sequence[str] = argument(
         "--name",
         action="append",
-        default=[],
-        dest="names",
+        default=(),
         metavar="NAME",
         help="name of a run on the page, once a run in their order; default: of its folder",
     )
-    report.add_argument(
+    json: bool = argument(
         "--json",
         action="store_true",
         help="print one JSON object, the page's path and each run's key numbers, beside making "
         "the page",
     )
-    report.set_defaults(options=ReportOptions, extra="tools")
+
+
+def add(commands) -> None:
+    """Adds the command to those of `t5x-sparsity`."""
+    add_command(
+        commands,
+        "report",
+        ReportOptions,
+        extra="tools",
+        help="make one HTML page of one or more runs",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -58,7 +58,7 @@ def _section(
     notes: Iterable[str] = (),
 ) -> _Section:
     charts = list(charts)
-    # two stand side by side, so one that is left over takes both places
+    # two stand side by side, so the last of an odd number takes both places
     narrow = [i for i, c in enumerate(charts) if not c.is_wide]
     if len(narrow) % 2:
         charts[narrow[-1]] = dataclasses.replace(charts[narrow[-1]], is_wide=True)

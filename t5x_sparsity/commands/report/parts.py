@@ -102,7 +102,7 @@ def _means(
 
 
 def masks_section(runs: Sequence[ReportRun]) -> str:
-    """A card per weight that there are images or histograms of: its masks, its fan-in."""
+    """A card per weight that has images or histograms: its masks, its fan-in."""
     paths = sorted({p for r in runs for p in (*r.run.masks, *r.run.fan_in)}, key=natural)
     if not paths:
         return ""
@@ -170,9 +170,9 @@ def _fan_in(histograms: Sequence[Histogram]) -> dict[str, Any] | None:
     def outline(h: Histogram) -> str:
         density = _density(h)
         x = (h.edges - low) / ((high - low) or 1.0) * 300
-        # each to a height of its own: one spike would leave nothing to see of the other
+        # each has its own scale: next to one with a spike, nothing of the other would be seen
         y = 60 - density / (density.max() or 1.0) * 58
-        # up and along each bucket
+        # up to each bucket, and along it
         points = "".join(
             f"L{a:.1f} {v:.1f}L{b:.1f} {v:.1f}" for a, b, v in zip(x[:-1], x[1:], y, strict=True)
         )
@@ -188,9 +188,9 @@ def _fan_in(histograms: Sequence[Histogram]) -> dict[str, Any] | None:
 
 
 def _whole_numbers(h: Histogram) -> Histogram:
-    """The same by the whole numbers in each bucket, as fan-in has no others.
+    """The same with each bucket as wide as the whole numbers in it, as fan-in has no others.
 
-    Buckets hold now one of them, now two or none, which would look like gaps and peaks.
+    Some buckets hold one whole number, some two or none, which would look like gaps and peaks.
     """
     ends = np.ceil(h.edges - 1e-6)
     ends[-1] = np.floor(h.edges[-1] + 1e-6) + 1

@@ -106,7 +106,7 @@ class ReportRun:
 
     @property
     def train_loss(self) -> tuple[str, Series] | None:
-        """Name and values, None where there are none."""
+        """Name and values; None where there are none."""
         return _loss(self.run.train)
 
     @property
@@ -118,7 +118,7 @@ class ReportRun:
     def targets(self) -> dict[str, float]:
         """Path -> the target at the last step; absent where only the total has one.
 
-        Events without targets, of older versions, get those that were planned for the end.
+        Older versions wrote no targets: for their events, those planned for the end.
         """
         found = self.run.group("sparsity_target")
         if found:
@@ -183,7 +183,7 @@ def _validation(series: Series) -> dict[str, Any]:
 
 
 def _mean(series: Series) -> float | None:
-    """Of what is finite, None where nothing is."""
+    """The mean of the finite values; None where there are none."""
     finite = series.values[np.isfinite(series.values)]
     return float(finite.mean()) if finite.size else None
 
@@ -194,7 +194,7 @@ def window(series: Series) -> int:
 
 
 def smoothed(series: Series) -> Series:
-    """The exponential mean over about `window(series)` points; skips what isn't finite."""
+    """The exponential mean of the finite values, over about `window(series)` points."""
     span = window(series)
     keep = 1 - 2 / (span + 1)
     mean = weight = 0.0
