@@ -1,29 +1,34 @@
-"""Arrays of a checkpoint as they lie on disk, read part by part."""
+"""Which arrays a checkpoint holds, and their values part by part: no model, no host.
+
+Both layouts are read: Orbax's, which T5X and the embedded host write (`checkpoint_<step>/state/`),
+and T5X's own older one (`checkpoint_<step>/checkpoint`, msgpack, next to one folder per array).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from etils import epath
+
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 
 # The most bytes of an array that are read at once, where its chunks allow it.
 PART_BYTES = 64 * 2**20
 
 _METADATA_KEYS = (".zarray", ".zattrs", ".zgroup", "zarr.json")
+_NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "str")
 
 Index = tuple[slice, ...]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint can't be read: there is none, or it is damaged or of another kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +40,7 @@ class SavedArray:
       shape: of the array.
       dtype: of the array; bfloat16 is that of ml_dtypes.
       chunk_shape: the pieces that it is saved in; a piece is decoded as a whole.
+      folder: of the checkpoint.
     """
 
     name: str
@@ -42,7 +48,7 @@ class SavedArray:
     dtype: np.dtype
     chunk_shape: tuple[int, ...]
     _source: Any = dataclasses.field(repr=False)
-    _folder: epath.Path = dataclasses.field(repr=False)
+    folder: epath.Path = dataclasses.field(repr=False)
 
     @property
     def size(self) -> int:
@@ -58,7 +64,7 @@ class SavedArray:
         """Reads a part, or all of it.
 
         Args:
-          index: a slice an axis, with no step; axes left out are read whole.
+          index: one slice per axis, with no step; axes left out are read whole.
 
         Raises:
           CheckpointError: the file is damaged.
@@ -103,7 +109,7 @@ class SavedArray:
         try:
             return np.asarray(source[index].read().result())
         except (ValueError, OSError) as e:
-            raise damaged(self._folder, f"{self.name} can't be read ({short(e)})") from e
+            raise damaged(self.folder, f"{self.name} can't be read ({short(e)})") from e
 
 
 def whole_index(index: Sequence[slice], shape: Sequence[int]) -> Index:
@@ -142,7 +148,106 @@ def _cuts(region: slice, length: int, origin: int = 0) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
-def open_arrays(
+def saved_arrays(folder: epath.Path, layout: str) -> dict[str, SavedArray]:
+    """The arrays of a checkpoint by name; no values are read, but all their chunks are there.
+
+    Args:
+      folder: that of the checkpoint.
+      layout: 'orbax' or 't5x', see `checkpoint_folders.layout_of`.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    return _orbax_arrays(folder) if layout == "orbax" else _t5x_arrays(folder)
+
+
+def _orbax_arrays(folder: epath.Path) -> dict[str, SavedArray]:
+    state = folder / "state"
+    try:
+        metadata = json.loads((state / "_METADATA").read_text())
+        tree = metadata["tree_metadata"].values()
+        names = [
+            [str(k["key"]) for k in leaf["key_metadata"]]
+            for leaf in tree
+            if not leaf["value_metadata"].get("skip_deserialize")
+            and leaf["value_metadata"].get("value_type") not in _NO_ARRAY
+        ]
+    except FileNotFoundError as e:
+        raise damaged(folder, "the file state/_METADATA is missing") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise damaged(folder, f"the file state/_METADATA is cut ({short(e)})") from e
+    base = _kvstore(state)
+    if metadata.get("use_ocdbt", (state / "manifest.ocdbt").exists()):
+        if not (state / "manifest.ocdbt").exists():
+            raise damaged(folder, "the file state/manifest.ocdbt is missing")
+        base = {"driver": "ocdbt", "base": base}
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    places = {"/".join(keys): (driver, ".".join(keys)) for keys in names}
+    # where Orbax writes all chunks, even those of nothing but the fill value
+    writes_all = bool(metadata.get("store_array_data_equal_to_fill_value"))
+    return _open_arrays(folder, base, places, writes_all)
+
+
+def _t5x_arrays(folder: epath.Path) -> dict[str, SavedArray]:
+    try:
+        content = _unpack((folder / "checkpoint").read_bytes())
+    except ImportError:
+        raise
+    except Exception as e:  # what msgpack raises on any bytes
+        raise damaged(
+            folder, f"the file 'checkpoint' is cut or not T5X's ({type(e).__name__}: {short(e)})"
+        ) from e
+    if not isinstance(content, Mapping) or not isinstance(content.get("optimizer"), Mapping):
+        raise CheckpointError(
+            f"{folder} is no checkpoint of T5X: its file 'checkpoint' holds no 'optimizer'"
+        )
+    rest = {k: v for k, v in content.items() if k not in ("optimizer", "version")}
+    found, places = {}, {}
+    for name, leaf in flatten({**rest, **content["optimizer"]}).items():
+        if isinstance(leaf, Mapping):
+            store = leaf.get("kvstore")
+            path = store.get("path") if isinstance(store, Mapping) else leaf.get("path")
+            places[name] = (leaf["driver"], str(path).strip("/"))
+        elif isinstance(leaf, np.ndarray | int | float):
+            x = np.asarray(leaf)
+            found[name] = make_array(folder, name, x, x.dtype, x.shape)
+    return {**found, **_open_arrays(folder, _kvstore(folder), places, False)}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by path; what describes an array of tensorstore is a leaf too."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and not {"driver", "metadata"} <= value.keys():
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _unpack(content: bytes) -> Any:
+    """What Flax has packed by msgpack: arrays are extensions, large ones are in chunks."""
+    import msgpack
+
+    def array(code: int, data: bytes) -> Any:
+        if code not in (1, 3):  # an array, a scalar
+            return None
+        shape, dtype, buffer = msgpack.unpackb(data, raw=True)
+        dtype = np.dtype(ml_dtypes.bfloat16 if dtype == b"bfloat16" else dtype.decode())
+        return np.frombuffer(buffer, dtype).reshape(shape)
+
+    def whole(node: dict) -> Any:
+        if "__msgpack_chunked_array__" not in node:
+            return node
+        shape, chunks = (
+            [node[part][str(i)] for i in range(len(node[part]))] for part in ("shape", "chunks")
+        )
+        return np.concatenate(chunks).reshape(shape)
+
+    return msgpack.unpackb(content, ext_hook=array, object_hook=whole, raw=False)
+
+
+def _open_arrays(
     folder: epath.Path,
     base: Mapping[str, Any],
     arrays: Mapping[str, tuple[str, str]],
@@ -201,11 +306,11 @@ def make_array(
         dtype=np.dtype(dtype),
         chunk_shape=tuple(chunk),
         _source=x,
-        _folder=folder,
+        folder=folder,
     )
 
 
-def kvstore_of(folder: epath.Path) -> dict[str, Any]:
+def _kvstore(folder: epath.Path) -> dict[str, Any]:
     """What tensorstore calls a folder."""
     path = f"{str(folder).rstrip('/')}/"
     if "://" in path:

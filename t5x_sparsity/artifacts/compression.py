@@ -24,7 +24,7 @@ from t5x_sparsity.artifacts.encodings import (
 from t5x_sparsity.artifacts.kept_bits import slices_of
 from t5x_sparsity.artifacts.structure import StructureFinder
 
-# the values' name, beside the arrays that place them
+# the values' name, next to the arrays that place them
 VALUES = "values"
 
 
@@ -116,7 +116,8 @@ def choose(
         candidates = [recorded]
     else:
         candidates = find(kept, exactly=exactly, stack_axes=stack_axes)
-    candidates += [e for e in (CSR(),) if e.fits(kept)]
+    if CSR().fits(kept):
+        candidates.append(CSR())
     if smallest:
         candidates.append(Bitmask())
     for group in (candidates, [Bitmask()]):
@@ -153,10 +154,10 @@ def find(
     finder = StructureFinder(free, fill=not exactly)
     for bits in slices_of(kept, stack_axes):
         finder.add(bits)
-    structure = finder.result()
-    groups = [*structure.filled_groups, *structure.groups]
+    groups = [*finder.filled_groups, *finder.groups]
     groups.sort(key=lambda g: (g.axis not in free[-2:], g.axis, g.m))
     found: list[Encoding] = [NM(n=g.n, m=g.m, axis=g.axis) for g in groups]
     # what is alike along each axis is alike in blocks
-    block = tuple(structure.runs.get(a, 1) for a in range(kept.ndim))
+    runs = finder.runs
+    block = tuple(runs.get(a, 1) for a in range(kept.ndim))
     return [*found, Blocks(block=block)] if math.prod(block) > 1 else found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,36 +18,42 @@ from t5x_sparsity.core.groups import group_counts
 Arrays = dict[str, np.ndarray]
 
 
-class Encoding(Protocol):
-    """The contract of an encoding.
+class Encoding:
+    """The base of all encodings: which positions of a weight are stored, and how a file says so.
 
     `kept` is a bool array of the weight's shape. An encoding's own fields are its parameters, and
-    are written beside its arrays.
+    are written next to its arrays.
     """
 
     name: ClassVar[str]
 
     def fits(self, kept: np.ndarray, *, exactly: bool = True) -> bool:
         """Whether it can store these positions: no other ones if `exactly`, else a few more."""
+        raise NotImplementedError
 
     def index(self, kept: np.ndarray) -> Arrays:
         """The arrays that place the values."""
+        raise NotImplementedError
 
     def values(self, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
         """What is stored of a weight, in its dtype."""
+        return x[kept]
 
     def size(self, kept: np.ndarray) -> tuple[int, int]:
         """(values, bytes of the arrays that place them), of positions that it fits."""
+        raise NotImplementedError
 
     def positions(self, shape: Sequence[int], index: Mapping[str, np.ndarray]) -> np.ndarray:
         """int64, in the values' shape: each one's position in the flat weight, -1 for padding."""
+        raise NotImplementedError
 
     def pattern_bits(self, shape: Sequence[int], kept: int) -> float:
         """The fewest bits that can tell `kept` positions from all others of this pattern."""
+        return _choice_bits(math.prod(shape), kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
+class Dense(Encoding):
     """All values, as they are."""
 
     name: ClassVar[str] = "dense"
@@ -67,12 +73,9 @@ class Dense:
     def positions(self, shape, index):
         return np.arange(math.prod(shape)).reshape(shape)
 
-    def pattern_bits(self, shape, kept):
-        return _choice_bits(math.prod(shape), kept)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CSR:
+class CSR(Encoding):
     """Compressed sparse rows. The columns are the weight's last axis, the rows all others.
 
     indices: column of every value, rows in order and columns ascending within a row. indptr [rows
@@ -91,9 +94,6 @@ class CSR:
             "indices": _last_places(rows),
             "indptr": indptr.astype(_unsigned(int(indptr[-1]))),
         }
-
-    def values(self, x, kept):
-        return x[kept]
 
     def size(self, kept):
         count, columns = int(np.count_nonzero(kept)), kept.shape[-1]
@@ -114,13 +114,10 @@ class CSR:
         )
         return np.repeat(np.arange(rows), counts) * shape[-1] + columns
 
-    def pattern_bits(self, shape, kept):
-        return _choice_bits(math.prod(shape), kept)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bitmask:
-    """A bit a weight, 1 where its value is stored, in C order, the first in the lowest bit."""
+class Bitmask(Encoding):
+    """One bit per weight, 1 where its value is stored, in C order, the first in the lowest bit."""
 
     name: ClassVar[str] = "bitmask"
 
@@ -130,9 +127,6 @@ class Bitmask:
     def index(self, kept):
         return {"mask": np.packbits(kept.reshape(-1), bitorder="little")}
 
-    def values(self, x, kept):
-        return x[kept]
-
     def size(self, kept):
         return int(np.count_nonzero(kept)), -(-kept.size // 8)
 
@@ -141,12 +135,9 @@ class Bitmask:
         check(index["mask"].shape == (-(-size // 8),), "its mask contradicts its shape")
         return np.flatnonzero(np.unpackbits(index["mask"], count=size, bitorder="little"))
 
-    def pattern_bits(self, shape, kept):
-        return _choice_bits(math.prod(shape), kept)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NM:
+class NM(Encoding):
     """n values of every m consecutive ones along an axis.
 
     values: the weight's shape with that axis moved to the end, and n / m as long. indices: the
@@ -222,7 +213,7 @@ class NM:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Blocks:
+class Blocks(Encoding):
     """Blocks that are stored whole, of any number of axes; a channel is a block too.
 
     Blocks tile the weight from its origin; one over a ragged edge is filled up with zeros. indices
@@ -299,7 +290,7 @@ _ENCODINGS = {e.name: e for e in (Dense, CSR, Bitmask, NM, Blocks)}
 
 
 def from_dict(name: str, fields: Mapping[str, Any]) -> Encoding:
-    """An encoding from what was written of it; further fields are passed over.
+    """An encoding from what was written of it; further fields are ignored.
 
     Raises:
       ValueError: there is no such encoding, or a field is missing or out of range.

@@ -19,7 +19,7 @@ import numpy as np
 
 from t5x_sparsity import __version__
 from t5x_sparsity.artifacts import compression, encodings
-from t5x_sparsity.artifacts.checkpoint import Checkpoint
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, SavedWeight
 from t5x_sparsity.artifacts.compression import VALUES
 from t5x_sparsity.artifacts.encodings import Dense, Encoding
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
@@ -46,40 +46,42 @@ class ExportedWeight:
     """What became of a weight.
 
     Attributes:
-      path: of the weight.
-      shape: of the weight.
+      saved: the weight of the checkpoint.
       dtype: in the file.
       kept: positions that the mask keeps; without a mask in the whole checkpoint, those of a matrix
         that aren't 0; else all.
       encoding: how it is stored.
       has_mask: whether the positions kept can be read back as the run's mask.
-      pattern: as the run recorded it, '' for a weight that it doesn't list, as the next.
-      algorithm: likewise.
-      stack_axes: the axes along which slices were pruned apart.
       dense_bytes: of all values in this dtype.
       exported_bytes: of its tensors in the file.
-      bound_bytes: what an exact code of this pattern can't go below, see `compressed.bound_bytes`.
+      bound_bytes: what an exact code of this pattern can't go below, see `compression.bound_bytes`.
       note: what a reader should know, '' for nothing.
     """
 
-    path: str
-    shape: tuple[int, ...]
+    saved: SavedWeight
     dtype: str
     kept: int
     encoding: Encoding
     has_mask: bool
-    pattern: str
-    algorithm: str
-    stack_axes: tuple[int, ...]
     dense_bytes: int
     exported_bytes: int
     bound_bytes: int
     note: str = ""
 
     @property
+    def path(self) -> str:
+        """Of the weight."""
+        return self.saved.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.saved.array.shape
+
+    @property
     def size(self) -> int:
         """Weights in all."""
-        return math.prod(self.shape)
+        return self.saved.array.size
 
     @property
     def sparsity(self) -> float:
@@ -96,9 +98,9 @@ class ExportedWeight:
             "kept": self.kept,
             "sparsity": self.sparsity,
             "mask": self.has_mask,
-            "pattern": self.pattern,
-            "algorithm": self.algorithm,
-            "stack_axes": list(self.stack_axes),
+            "pattern": self.saved.record.pattern or "",
+            "algorithm": self.saved.record.algorithm or "",
+            "stack_axes": list(self.saved.record.stack_axes or ()),
         }
 
 
@@ -158,8 +160,9 @@ def export(
     with Writer(out, overwrite=overwrite) as writer:
         for path in paths:
             on_weight(path)
-            x = _converted(checkpoint.weights[path].read(), dtype, path)
-            weight, arrays = _exported(checkpoint, path, x, format, smallest)
+            saved = checkpoint.weights[path]
+            x = _converted(saved.array.read(), dtype, path)
+            weight, arrays = _exported(saved, x, format, smallest)
             for name, array in arrays.items():
                 own = path if isinstance(weight.encoding, Dense) else f"{path}.{name}"
                 writer.add(own, array)
@@ -212,19 +215,17 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
 
 
 def _exported(
-    checkpoint: Checkpoint, path: str, x: np.ndarray, format: str, smallest: bool
+    saved: SavedWeight, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
-    recorded = checkpoint.record_of(path)
-    pattern, stack_axes = recorded.pattern or "", checkpoint.stack_axes(path)
-    kept, has_mask, note = _kept(checkpoint, path, x)
+    kept, has_mask, note = _kept(saved, x)
     encoding: Encoding = Dense()
     if format == "compressed":
         encoding = compression.choose(
             x,
             kept,
             exactly=has_mask,
-            pattern=pattern,
-            stack_axes=stack_axes,
+            pattern=saved.record.pattern or "",
+            stack_axes=saved.axes.stack,
             smallest=smallest,
         )
     count = int(np.count_nonzero(kept))
@@ -237,15 +238,11 @@ def _exported(
         note = f"{note}; {lost}" if note else lost
     arrays = compression.encode(x, kept, encoding)
     weight = ExportedWeight(
-        path=path,
-        shape=x.shape,
+        saved=saved,
         dtype=x.dtype.name,
         kept=count,
         encoding=encoding,
         has_mask=has_mask and (not is_dense or count == x.size),
-        pattern=pattern,
-        algorithm=recorded.algorithm or "",
-        stack_axes=stack_axes,
         dense_bytes=x.nbytes,
         exported_bytes=sum(a.nbytes for a in arrays.values()),
         bound_bytes=compression.bound_bytes(encoding, x.shape, count, x.itemsize),
@@ -254,10 +251,10 @@ def _exported(
     return weight, arrays
 
 
-def _kept(checkpoint: Checkpoint, path: str, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
+def _kept(saved: SavedWeight, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
     """(bool array of what is stored, whether it is the mask, a note)."""
-    kept = checkpoint.kept(path, x)
-    if path not in checkpoint.masks:
+    kept = saved.kept(x)
+    if saved.mask is None:
         return kept, False, ""
     # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
     nonzero = x != 0

@@ -1,8 +1,8 @@
 """What the zeros of a weight look like: dead rows and columns, and the patterns that they form.
 
 Arrays of NumPy only. A weight is taken slice by slice (a layer, an expert), each a matrix of
-[inputs, outputs]; of a slice a bit a weight is held, whatever the weight's type. A pattern is found
-where it holds exactly in every slice, and where there is something to hold.
+[inputs, outputs]; one bit per weight of a slice is held, whatever the weight's type. A pattern is
+found where it holds exactly in every slice, and where there is something to hold.
 """
 
 from __future__ import annotations
@@ -130,12 +130,16 @@ class PatternFinder:
 
         Args:
           axes: how the weight is a stack of matrices.
-          expected: repr of a pattern of t5x_sparsity, such as 'NByM(n=2, m=4, axis=-2)', to compare
-            with; None for none.
+          expected: text of a pattern to compare with, such as 'NByM(n=2, m=4, axis=-2)' (see
+            `core.patterns.to_text`); None for none.
         """
         self._axes = axes
         self._structure = StructureFinder((*axes.inputs, *axes.outputs))
-        self._expected = None if expected is None else _read_pattern(expected)
+        self._expected: patterns.BuiltIn | None = None
+        if expected is not None:
+            from t5x_sparsity.core import patterns  # here, as it imports JAX
+
+            self._expected = patterns.from_text(expected)
         self._follows = True if self._expected else None
         self._slices = self._size = self._kept = self._rows = self._columns = 0
         self._dead_rows = self._dead_columns = 0
@@ -196,13 +200,12 @@ class PatternFinder:
         if self._kept in (0, self._size):
             return Found(**facts)
         rows, columns = self._rows // self._slices, self._columns // self._slices
-        structure = self._structure.result()
-        block = tuple(structure.runs.values())
+        block = tuple(self._structure.runs.values())
         has_blocks = math.prod(block) > 1 and min(rows, columns) > 1 and not self._channels
         return Found(
             **facts,
             channels=self._channels,
-            groups={g.axis: (g.n, g.m) for g in structure.groups if self._has_several(g)},
+            groups={g.axis: (g.n, g.m) for g in self._structure.groups if self._has_several(g)},
             block=block if has_blocks else None,
             fan_in=self._fan("inputs", rows, columns),
             fan_out=self._fan("outputs", columns, rows),
@@ -230,9 +233,3 @@ def _counts(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:
         rows.append(np.count_nonzero(band, axis=1))
         columns += np.count_nonzero(band, axis=0)
     return np.concatenate(rows), columns
-
-
-def _read_pattern(text: str) -> patterns.BuiltIn | None:
-    from t5x_sparsity.core import patterns  # here, as it imports JAX
-
-    return patterns.from_text(text)

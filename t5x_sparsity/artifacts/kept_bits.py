@@ -1,4 +1,4 @@
-"""Weights as stacks of matrices, and which of a matrix are kept, a bit each."""
+"""Weights as stacks of matrices, and which of a matrix are kept, one bit each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BAND = 1 << 18
 
 
 class KeptBits:
-    """Which weights of a slice are kept, a bit each.
+    """Which weights of a slice are kept, one bit each.
 
     Attributes:
       shape: of the slice, axes of the inputs before those of the outputs.
@@ -43,7 +43,7 @@ class KeptBits:
 
         Args:
           kept: bool, True where the weight is kept; a part of the slice, with all its axes.
-          index: where the part is, a slice with start and stop an axis; () for the whole slice.
+          index: where the part is, one slice with start and stop per axis; () for the whole slice.
         """
         at = list(index) or [slice(0, n) for n in self.shape]
         first = at[-1].start % 8
@@ -65,7 +65,7 @@ class KeptBits:
         return self.band(0, self.rows).reshape(self.shape)
 
     def bands(self, multiple: int = 1) -> Iterator[np.ndarray]:
-        """The matrix, a multiple of so many rows at a time; what is over at the end comes last."""
+        """The matrix, a multiple of so many rows at a time; the rest comes last."""
         step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
         for start in range(0, self.rows, step):
             yield self.band(start, min(start + step, self.rows))

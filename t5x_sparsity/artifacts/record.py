@@ -81,7 +81,7 @@ def read_record(path: epath.Path) -> dict[str, WeightRecord]:
 
 def _check(record: Any) -> None:
     if not isinstance(record, dict):
-        raise ValueError(f"it is {_shown(record)}, not an object with an entry a weight")
+        raise ValueError(f"it is {_shown(record)}, not an object with one entry per weight")
     for path, entry in record.items():
         if not _is_text(path):
             raise ValueError(f"{_shown(path)} is no path of a weight")

@@ -6,7 +6,6 @@ What is found holds in every slice.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -33,23 +32,8 @@ class Groups(NamedTuple):
     m: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Structure:
-    """What holds in every slice of a weight.
-
-    Attributes:
-      groups: exact N:M, of the smallest m, for each axis that has one. m may be the whole axis.
-      filled_groups: N:M of which some groups keep fewer than n; empty if not looked for.
-      runs: axis -> the length of aligned runs of weights that are alike; the last may be shorter.
-    """
-
-    groups: Sequence[Groups]
-    filled_groups: Sequence[Groups]
-    runs: Mapping[int, int]
-
-
 class StructureFinder:
-    """Finds the structure of a weight from one slice at a time."""
+    """Finds the structure that holds in every slice of a weight, from one slice at a time."""
 
     def __init__(self, axes: Sequence[int], *, fill: bool = False):
         """Prepares for the slices of a weight.
@@ -77,19 +61,36 @@ class StructureFinder:
             if self._steps[axis] != 1:
                 self._steps[axis] = _step(bits, length, inner, self._steps[axis])
 
-    def result(self) -> Structure:
-        """What holds in all slices so far."""
-        groups, filled = [], []
-        for axis in self._exact:
-            exact = [Groups(axis, n, m) for m, n in sorted(self._exact[axis].items()) if 0 < n < m]
-            groups += exact[:1]
-            # longer groups than exact ones say no more
-            limit = exact[0].m if exact else math.inf
-            most = self._most.get(axis, {}).items()
-            filled += [Groups(axis, n, m) for m, n in most if 0 < n and m < limit]
+    @property
+    def groups(self) -> list[Groups]:
+        """N:M that holds exactly, of the smallest m, for each axis that has one.
+
+        m may be the whole axis.
+        """
+        found: dict[int, Groups] = {}
+        for axis, exact in self._exact.items():
+            for m, n in sorted(exact.items()):
+                if 0 < n < m:
+                    found.setdefault(axis, Groups(axis, n, m))
+        return list(found.values())
+
+    @property
+    def filled_groups(self) -> list[Groups]:
+        """N:M of which some groups keep fewer than n; [] if not looked for."""
+        # longer groups than exact ones say no more
+        limits = {g.axis: g.m for g in self.groups}
+        return [
+            Groups(axis, n, m)
+            for axis, most in self._most.items()
+            for m, n in most.items()
+            if 0 < n and m < limits.get(axis, math.inf)
+        ]
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """Axis -> the length of aligned runs of weights that are alike; the last may be shorter."""
         lengths = zip(self._axes, self._shape, strict=False)
-        runs = {axis: self._steps[axis] or length for axis, length in lengths}
-        return Structure(groups=groups, filled_groups=filled, runs=runs)
+        return {axis: self._steps[axis] or length for axis, length in lengths}
 
 
 def most_kept(bits: KeptBits, m: int, inner: int, enough: int) -> int:

@@ -17,12 +17,6 @@ def format_bytes(n: int) -> str:
     return f"{n:,} B"
 
 
-def first_few(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
-
-
 def evenly_spaced(values: Sequence[T], most: int) -> list[T]:
     """At most so many of the values, the first and the last among them; `most` is at least 2."""
     if len(values) <= most:

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,13 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, saved_arrays
+from t5x_sparsity.artifacts.checkpoint_folders import absolute
+
 _PREFIX = "checkpoint"
 _STATE, _DATASET = "state", "dataset"
 _COUNT = "metadata"  # Orbax's name for a file of JSON
 _SHOWN = 5
-
-
-class SavedLeaf(NamedTuple):
-    """An array in a checkpoint, not yet read: its name there, shape and dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: Any
 
 
 def get_local_data(x: Any) -> Any:
@@ -66,22 +61,14 @@ def checkpoint_path(directory: str, step: int) -> str:
     return os.path.join(os.path.abspath(directory), f"{_PREFIX}_{step}")
 
 
-def saved_leaves(path: str) -> dict[str, SavedLeaf]:
+def saved_leaves(path: str) -> dict[str, SavedArray]:
     """The arrays that the checkpoint at `path` holds, by name ('target/...'); none is read."""
-    state = epath.Path(path) / _STATE
-    if not state.is_dir():
+    if not (epath.Path(path) / _STATE).is_dir():
         raise ValueError(
             f"{path} is no checkpoint: it has no folder 'state'. Set the checkpoint's own folder "
             "(.../checkpoint_1000) with mode = 'specific', or the one above with mode = 'latest'."
         )
-    found = ocp.PyTreeCheckpointHandler().metadata(state)
-    tree = getattr(found, "tree", found)
-    flat = traverse_util.flatten_dict(dict(tree), sep="/")
-    return {
-        name: SavedLeaf(name, tuple(leaf.shape), getattr(leaf, "dtype", None))
-        for name, leaf in flat.items()
-        if getattr(leaf, "shape", None) is not None
-    }
+    return saved_arrays(epath.Path(absolute(path)), "orbax")
 
 
 def _leaves(state_dict: Mapping) -> dict[str, Any]:
@@ -96,7 +83,7 @@ def plan_restore(
     *,
     is_resuming: bool = False,
     fallback_to_scratch: bool = False,
-) -> dict[str, SavedLeaf]:
+) -> dict[str, SavedArray]:
     """Which array of the checkpoint goes to which leaf of the model, from the metadata alone.
 
     Arrays that the model doesn't have are left out, with a warning, as T5X does.
@@ -104,7 +91,7 @@ def plan_restore(
     Args:
       path: the checkpoint.
       expected: the model's state dict, of arrays or jax.ShapeDtypeStruct.
-      transformations: applied in order to the checkpoint's nested dict of `SavedLeaf`.
+      transformations: applied in order to the checkpoint's nested dict of `SavedArray`.
       is_resuming: passed on to the transformations.
       fallback_to_scratch: leave out leaves that the checkpoint lacks, without an error.
 
@@ -241,7 +228,7 @@ class OrbaxCheckpointManagerInterface:
     def restore(
         self,
         path: str,
-        plan: Mapping[str, SavedLeaf],
+        plan: Mapping[str, SavedArray],
         fallback_state: Mapping[str, Any] | None = None,
     ) -> Any:
         """Read the checkpoint at `path` onto the run's devices, by `plan_restore`'s plan.

@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import logging
 
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.embedded import checkpoints, utils
 
 
@@ -69,7 +70,7 @@ class Source:
     """The checkpoint that a run starts from, checked against the run's own state."""
 
     path: str
-    plan: dict[str, checkpoints.SavedLeaf]  # which of its arrays goes to which leaf
+    plan: dict[str, SavedArray]  # which of its arrays goes to which leaf
     batches: int  # training batches to skip
     dtype: str | None  # of the weights as they are read; None: the model's
     fallback_to_scratch: bool  # whether leaves that the plan lacks are initialized

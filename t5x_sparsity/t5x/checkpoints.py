@@ -1,26 +1,26 @@
 """What a run starts from: checks of checkpoints before the host reads any array of them.
 
 A checkpoint is a folder `checkpoint_<step>`, in T5X's own format or in Orbax's. `sparsity.json`
-beside the checkpoints of a run says by which rules its masks were made.
+next to the checkpoints of a run says by which rules its masks were made.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import serialization, traverse_util
 
 from t5x_sparsity import host
 from t5x_sparsity.artifacts import record
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, flatten, saved_arrays
+from t5x_sparsity.artifacts.checkpoint_folders import absolute, layout_of
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord
 from t5x_sparsity.core.contract import Plan
+from t5x_sparsity.core.names import first_few
 from t5x_sparsity.core.patterns import to_text
 from t5x_sparsity.core.plan import update_schedules
 from t5x_sparsity.core.train_step import EXPLORED
@@ -42,11 +42,11 @@ def check_sources(
     Raises:
       ValueError: the checkpoint can't be read, has no masks, or was made with other rules.
     """
-    model_dir = _absolute(model_dir) if model_dir else None
+    model_dir = absolute(model_dir) if model_dir else None
     step = host.checkpoints.latest_step(model_dir) if _is_dir(model_dir) else None
     if step is not None:
         path = epath.Path(model_dir) / f"checkpoint_{step}"
-        found = _sparsity_of(_saved_leaves(path, _before(model_dir, step)))
+        found = _saved_sparsity(path, _before(model_dir, step))
         check_leaves(expected, found, f"the checkpoint {path}")
         _check_record(epath.Path(model_dir) / RECORD, plan)
         if getattr(getattr(checkpoint_cfg, "save", None), "save_dataset", False):
@@ -55,7 +55,7 @@ def check_sources(
     restore = getattr(checkpoint_cfg, "restore", None)
     if restore is None or not isinstance(restore.path, str):
         return
-    path = _absolute(restore.path)
+    path = absolute(restore.path)
     if epath.Path(path + ".index").exists():
         raise ValueError(
             f"{path} is a TensorFlow checkpoint, and T5X adds nothing to those as it reads them, "
@@ -66,10 +66,10 @@ def check_sources(
         if step is None:
             return
         path = epath.Path(path) / f"checkpoint_{step}"
-    leaves = _saved_leaves(epath.Path(path), "")
+    found = _saved_sparsity(epath.Path(path), "")
     # a transformation may well make one fit
     if not restore.state_transformation_fns:
-        check_leaves(expected, _sparsity_of(leaves), f"the checkpoint {path}")
+        check_leaves(expected, found, f"the checkpoint {path}")
         _check_masks_will_fit(epath.Path(path), plan)
 
 
@@ -97,7 +97,7 @@ def from_dense(
     """
     if is_resuming:
         return checkpoint
-    saved, wanted = _flatten(checkpoint), _flatten(state)
+    saved, wanted = flatten(checkpoint), flatten(state)
     if not any(name.startswith(SPARSITY) for name in wanted):
         raise ValueError(
             "'sparsity/from_dense.gin' makes masks for a sparse run, and this run is dense; "
@@ -125,8 +125,8 @@ def from_dense(
                 logging.warning("The checkpoint has no state of this optimizer; it starts afresh.")
         elif missing:
             raise ValueError(
-                f"the checkpoint lacks {len(missing)} of {len(names)} {what}: {_few(missing)}; "
-                f"{remedy}"
+                f"the checkpoint lacks {len(missing)} of {len(names)} {what}: "
+                f"{first_few(missing, 6, '; ')}; {remedy}"
             )
     logging.info("The checkpoint is dense: masks are made from its weights.")
     return checkpoint
@@ -147,11 +147,6 @@ def checkpoint_step(path: str) -> int:
     return int(match[1])
 
 
-def _absolute(path: str) -> str:
-    """What the embedded host makes of a local path; T5X takes no other than absolute ones."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
 def _is_dir(path: str | None) -> bool:
     return bool(path) and epath.Path(path).is_dir()
 
@@ -162,23 +157,24 @@ def _before(model_dir: str, step: int) -> str:
     return f"checkpoint_{max(earlier)}" if earlier else "the start"
 
 
-def _saved_leaves(path: epath.Path, before: str) -> dict[str, Any]:
-    """The leaves of a checkpoint by name, each with its shape; no array is read."""
+def _saved_sparsity(path: epath.Path, before: str) -> dict[str, SavedArray]:
+    """The arrays under state/sparsity of a checkpoint by name; none is read.
+
+    before: what a run could go on from without this checkpoint, '' where that isn't known.
+    """
     remedy = f"; move that folder away to go on from {before}" if before else ""
+    layout = layout_of(path)
+    if layout is None:
+        raise ValueError(
+            f"{path} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'{remedy}"
+        )
     try:
-        if (path / "state").is_dir():
-            found = ocp.PyTreeCheckpointHandler().metadata(path / "state")
-            return _flatten(getattr(found, "tree", found))
-        if (path / "checkpoint").is_file():
-            content = serialization.msgpack_restore((path / "checkpoint").read_bytes())
-            return _flatten(content["optimizer"])
+        arrays = saved_arrays(path, layout)
     except Exception as e:
         raise ValueError(
             f"the checkpoint {path} is damaged and can't be read ({type(e).__name__}: {e}){remedy}"
         ) from e
-    raise ValueError(
-        f"{path} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'{remedy}"
-    )
+    return {name: x for name, x in arrays.items() if name.startswith(SPARSITY)}
 
 
 def _check_data_position(path: epath.Path) -> None:
@@ -194,26 +190,6 @@ def _check_data_position(path: epath.Path) -> None:
             f"processes, and this run has {jax.process_count()}; set "
             "utils.SaveCheckpointConfig.save_dataset = False to read the data from its start"
         )
-
-
-class _Leaf:
-    """A leaf in a checkpoint of T5X's own format."""
-
-    def __init__(self, spec: Mapping[str, Any]):
-        self.shape = tuple(spec["metadata"]["shape"])
-
-
-def _is_tensorstore(_, x: Any) -> bool:
-    return isinstance(x, Mapping) and {"driver", "kvstore", "metadata"} <= set(x)
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat = traverse_util.flatten_dict(dict(tree), sep="/", is_leaf=_is_tensorstore)
-    return {k: _Leaf(v) if _is_tensorstore(k, v) else v for k, v in flat.items()}
-
-
-def _sparsity_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in leaves.items() if k.startswith(SPARSITY)}
 
 
 def _record(plan: Plan) -> dict[str, WeightRecord]:
@@ -270,8 +246,9 @@ def _check_masks_will_fit(path: epath.Path, plan: Plan) -> None:
     if changed:
         raise ValueError(
             f"the masks of {path} were made by other rules of sparsity, and this run has no mask "
-            f"update after step {match[1]} that would change them: {_few(changed)}. Take the rules "
-            "that made them, or a method and a schedule that update masks after that step"
+            f"update after step {match[1]} that would change them: "
+            f"{first_few(changed, 6, '; ')}. Take the rules that made them, or a method and a "
+            "schedule that update masks after that step"
         )
 
 
@@ -283,16 +260,17 @@ def _check_record(path: epath.Path, plan: Plan) -> None:
     if started:
         raise ValueError(
             f"{path.parent} holds a run whose mask updates count from another step: "
-            f"{_few(started, 1)}. A run that began with 'sparsity/from_dense.gin' is resumed with "
-            "it, and with the INITIAL_CHECKPOINT_PATH that it began with; another run without"
+            f"{first_few(started, 1)}. A run that began with 'sparsity/from_dense.gin' is resumed "
+            "with it, and with the INITIAL_CHECKPOINT_PATH that it began with; another run without"
         )
     changed = _changes(before, plan, ("sparsity", "kept", "pattern", "algorithm"))
     if changed:
         raise ValueError(
-            f"{path.parent} holds a run with other rules of sparsity: {_few(changed, 2)}. To start "
-            "afresh, set another MODEL_DIR; to resume, take the configuration that made it; to go "
-            "on from its weights and masks with another, train in another MODEL_DIR with "
-            "utils.RestoreCheckpointConfig.path set to its checkpoint"
+            f"{path.parent} holds a run with other rules of sparsity: "
+            f"{first_few(changed, 2, '; ')}. To start afresh, set another MODEL_DIR; to resume, "
+            "take the configuration that made it; to go on from its weights and masks with "
+            "another, train in another MODEL_DIR with utils.RestoreCheckpointConfig.path set to "
+            "its checkpoint"
         )
 
 
@@ -334,7 +312,7 @@ def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
         )
     if missing or unexpected or other:
         differences = [
-            f"{title} {_few(names)}"
+            f"{title} {first_few(names, 6, '; ')}"
             for title, names in (("missing", missing), ("unexpected", unexpected), ("and", other))
             if names
         ]
@@ -343,11 +321,6 @@ def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
             f"{', '.join(differences)}. Resume with the configuration that made it, or start in "
             "another MODEL_DIR"
         )
-
-
-def _few(names: list[str], n: int = 6) -> str:
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return "; ".join(names[:n]) + more
 
 
 def check_masks_will_change(plan: Plan, step: int) -> None:

@@ -15,9 +15,10 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5x_sparsity.artifacts import checkpoint_arrays
-from t5x_sparsity.artifacts.checkpoint import CheckpointError, open_checkpoint
+from t5x_sparsity.artifacts import checkpoint_arrays, checkpoint_folders
+from t5x_sparsity.artifacts.checkpoint import open_checkpoint
 from t5x_sparsity.artifacts.checkpoint_arrays import make_array
+from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.core import packing
 
@@ -72,33 +73,32 @@ def test_it_holds_what_was_written(whole):
     layout, folder = whole
     found = open_checkpoint(str(folder))
     assert (found.path, found.step, found.layout) == (str(folder), 7, layout)
-    assert found.leaves.keys() == LEAVES.keys()
+    assert found.arrays.keys() == LEAVES.keys()
     for name, x in LEAVES.items():
-        leaf = found.leaves[name]
+        leaf = found.arrays[name]
         assert leaf.name == name and leaf.shape == x.shape and leaf.dtype == x.dtype
         assert leaf.nbytes == x.nbytes and leaf.size == x.size
         read = leaf.read()
         assert isinstance(read, np.ndarray) and read.dtype == x.dtype
         np.testing.assert_array_equal(read, x)
     assert found.weights.keys() == {"mlp/wi", "attention/query", "norm/scale"}
-    assert found.masks.keys() == {"mlp/wi"}
+    assert [w.path for w in found.masked] == ["mlp/wi"]
     assert [x.name for x in found.slots["dense"]] == ["state/sparsity/dense/mlp/wi"]
     assert found.slots.keys() == {"dense"}
-    assert found.record == {} and found.config_gin is None and found.passed_over == ()
+    assert found.record == {} and found.config_gin is None and found.skipped == ()
 
 
 def test_a_part_is_what_it_is_of_the_whole(whole):
-    found = open_checkpoint(str(whole[1]))
-    weight, wi = LEAVES["target/mlp/wi"], found.weights["mlp/wi"]
+    weight, wi = LEAVES["target/mlp/wi"], open_checkpoint(str(whole[1])).weights["mlp/wi"]
     for at in ((slice(3, 9),), (slice(None), slice(1, 2), slice(2, None)), (slice(-4, 99),)):
-        np.testing.assert_array_equal(wi.read(at), weight[at])
-        np.testing.assert_array_equal(found.read_mask("mlp/wi", at), MASK[at])
-    np.testing.assert_array_equal(found.read_mask("mlp/wi"), MASK)
-    for at, x in wi.parts(max_bytes=40):
+        np.testing.assert_array_equal(wi.array.read(at), weight[at])
+        np.testing.assert_array_equal(wi.read_mask(at), MASK[at])
+    np.testing.assert_array_equal(wi.read_mask(), MASK)
+    for at, x in wi.array.parts(max_bytes=40):
         assert x.nbytes <= 40
         np.testing.assert_array_equal(x, weight[at])
     with pytest.raises(IndexError, match="4 slices for an array of shape"):
-        wi.read((slice(None),) * 4)
+        wi.array.read((slice(None),) * 4)
 
 
 @given(st.data())
@@ -140,30 +140,25 @@ def test_parts_of_masks_are_those_of_whole_masks(data):
     stored = files.pack(mask, axis)
     np.testing.assert_array_equal(packing.unpack(stored, shape), mask)
     region = [slice(*sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2)))) for n in shape]
-    found = checkpoint_of(np.zeros(shape), stored)
-    np.testing.assert_array_equal(found.read_mask("w", region), mask[tuple(region)])
+    found = weight_of(np.zeros(shape), stored)
+    np.testing.assert_array_equal(found.read_mask(region), mask[tuple(region)])
 
 
-def checkpoint_of(weight, stored):
-    from t5x_sparsity.artifacts.checkpoint import Checkpoint
-
-    leaves = {
-        name: make_array(Path("here"), name, x, x.dtype, x.shape)
-        for name, x in (("target/w", weight), ("state/sparsity/masks/w", stored))
-    }
-    return Checkpoint(path="here", step=0, layout="t5x", leaves=leaves, record={})
+def weight_of(weight, stored):
+    leaves = {"target/w": weight, "state/sparsity/masks/w": stored}
+    return files.in_memory(leaves).weights["w"]
 
 
 def test_a_mask_of_another_shape_is_an_error():
-    found = checkpoint_of(np.zeros((8, 4)), np.zeros((2, 4), np.uint8))
+    found = weight_of(np.zeros((8, 4)), np.zeros((2, 4), np.uint8))
     with pytest.raises(CheckpointError, match=r"the mask of w is damaged: .*\(2, 4\) does not fit"):
-        found.read_mask("w")
+        found.read_mask()
 
 
 def test_a_packed_mask_of_another_type_is_an_error():
-    found = checkpoint_of(np.zeros((8, 4)), np.zeros((1, 4), np.int32))
+    found = weight_of(np.zeros((8, 4)), np.zeros((1, 4), np.int32))
     with pytest.raises(CheckpointError, match="here: the mask of w is damaged: .*int32, not uint8"):
-        found.read_mask("w")
+        found.read_mask()
 
 
 @pytest.mark.parametrize("layout", files.LAYOUTS)
@@ -195,10 +190,10 @@ def test_no_more_than_a_part_is_read_at_once(tmp_path, monkeypatch):
         "t5x", tmp_path / "checkpoint_1", {"target/w": x}, chunks={"target/w": (16, 8)}
     )
     monkeypatch.setattr(checkpoint_arrays, "PART_BYTES", 1000)
-    parts = list(open_checkpoint(str(folder)).weights["w"].parts())
+    parts = list(open_checkpoint(str(folder)).weights["w"].array.parts())
     assert max(part.nbytes for _, part in parts) == 512  # a chunk
     monkeypatch.setattr(checkpoint_arrays, "PART_BYTES", 300)
-    cut = list(open_checkpoint(str(folder)).weights["w"].parts())
+    cut = list(open_checkpoint(str(folder)).weights["w"].array.parts())
     assert 200 < max(part.nbytes for _, part in cut) <= 300
     for at, part in [*parts, *cut]:
         np.testing.assert_array_equal(part, x[at])
@@ -218,7 +213,7 @@ def test_every_file_that_is_gone_or_cut_is_an_error_or_changes_nothing(whole, tm
             try:
                 found = open_checkpoint(str(spoilt))
                 for name, x in LEAVES.items():
-                    np.testing.assert_array_equal(found.leaves[name].read(), x)
+                    np.testing.assert_array_equal(found.arrays[name].read(), x)
                 harmless.append(file.name)
             except CheckpointError as e:
                 assert str(spoilt) in str(e) and "\n" not in str(e)
@@ -235,7 +230,7 @@ def test_orbax_has_several_ways_of_its_own(tmp_path, use_ocdbt, use_zarr3):
     folder = files.write("orbax", tmp_path / "checkpoint_7", LEAVES, **kwargs)
     found = open_checkpoint(str(folder))
     for name, x in LEAVES.items():
-        np.testing.assert_array_equal(found.leaves[name].read(), x)
+        np.testing.assert_array_equal(found.arrays[name].read(), x)
     store = {"driver": "file", "path": f"{folder}/state/"}
     if use_ocdbt:
         store = {"driver": "ocdbt", "base": store}
@@ -302,7 +297,7 @@ def test_a_model_dir_stands_for_its_last_complete_checkpoint(whole, tmp_path):
     found = open_checkpoint(str(tmp_path))
     assert found.path == str(tmp_path / "checkpoint_10")
     assert found.step == 7  # what it holds, not what it is called
-    assert found.passed_over == ("checkpoint_11.orbax-checkpoint-tmp-0", "checkpoint_12")
+    assert found.skipped == ("checkpoint_11.orbax-checkpoint-tmp-0", "checkpoint_12")
     assert found.config_gin == str(tmp_path / "config.gin")
 
 
@@ -332,7 +327,7 @@ def test_a_copy_by_another_name_is_not_half_written(whole, tmp_path):
     assert "half-written" not in message
     shutil.copytree(whole[1], tmp_path / "checkpoint_100")
     found = open_checkpoint(str(tmp_path))
-    assert found.path == str(tmp_path / "checkpoint_100") and found.passed_over == ()
+    assert found.path == str(tmp_path / "checkpoint_100") and found.skipped == ()
 
 
 def test_a_path_is_utf8(whole, tmp_path):
@@ -366,18 +361,17 @@ def test_a_tensorflow_checkpoint_is_named_as_such(tmp_path):
 def test_the_record_is_that_of_its_weights(copy):
     entry = {"shape": [16, 2, 8], "axes": ["embed", "layers", "mlp"], "stack_axes": [1]}
     files.write_record(copy.parent, mlp__wi=entry, attention__query={"shape": [9, 9], "axes": None})
-    found = open_checkpoint(str(copy))
-    assert found.stack_axes("mlp/wi") == (1,) and found.knows_stack_axes("mlp/wi")
-    assert found.axes("mlp/wi") == ("embed", "layers", "mlp")
-    assert (
-        found.record_of("attention/query") == WeightRecord()
-        and found.axes("attention/query") is None
-    )
-    assert found.stack_axes("norm/scale") == () and not found.knows_stack_axes("norm/scale")
+    weights = open_checkpoint(str(copy)).weights
+    wi = weights["mlp/wi"]
+    assert wi.record.stack_axes == (1,) and wi.axes.stack == (1,)
+    assert wi.record.axes == ("embed", "layers", "mlp")
+    # that of a weight of another shape, and none
+    assert weights["attention/query"].record == weights["norm/scale"].record == WeightRecord()
+    assert weights["norm/scale"].axes.stack == ()
     # as before there were axes in it
     files.write_record(copy.parent, mlp__wi={"shape": [16, 2, 8], "kept": 3})
-    found = open_checkpoint(str(copy))
-    assert found.stack_axes("mlp/wi") == () and not found.knows_stack_axes("mlp/wi")
+    wi = open_checkpoint(str(copy)).weights["mlp/wi"]
+    assert wi.record.stack_axes is None and wi.axes.stack == ()
     (copy.parent / "sparsity.json").write_text('{"mlp')
     error(
         copy, r"sparsity.json is damaged \(Unterminated string.*; move it away to go on without it"
@@ -385,7 +379,7 @@ def test_the_record_is_that_of_its_weights(copy):
 
 
 BAD_RECORDS = {
-    b"[]": r"it is \[\], not an object with an entry a weight",
+    b"[]": r"it is \[\], not an object with one entry per weight",
     b"null": "it is null, not an object",
     b'{"w": 3}': "the entry of w is 3, not an object",
     b'{"\\ud800": {}}': r'"\\ud800" is no path of a weight',
@@ -422,7 +416,7 @@ def test_an_entry_of_the_record_is_of_its_type_and_range(copy_once, key, value, 
 
 
 @pytest.mark.parametrize("text", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
-def test_a_record_is_an_entry_a_weight(copy_once, text):
+def test_a_record_has_one_entry_per_weight(copy_once, text):
     (copy_once.parent / "sparsity.json").write_bytes(text)
     error(copy_once, rf"sparsity.json is damaged \(.*{BAD_RECORDS[text]}")
 
@@ -451,21 +445,21 @@ def test_a_link_has_what_is_beside_it_or_beside_what_it_links_to(copy, tmp_path)
     (other / "checkpoint_7").symlink_to(copy)
     for path in (other, other / "checkpoint_7"):
         found = open_checkpoint(str(path))
-        assert found.stack_axes("mlp/wi") == (1,) and found.path == str(other / "checkpoint_7")
+        assert found.weights["mlp/wi"].record.stack_axes == (1,)
+        assert found.path == str(other / "checkpoint_7")
         assert found.config_gin == str(copy.parent / "config.gin")
     files.write_record(other, mlp__wi={"shape": [16, 2, 8], "stack_axes": [2]})
     (other / "config.gin").write_text("A = 2")
     found = open_checkpoint(str(other))
-    assert found.stack_axes("mlp/wi") == (2,) and found.config_gin == str(other / "config.gin")
+    assert found.weights["mlp/wi"].record.stack_axes == (2,)
+    assert found.config_gin == str(other / "config.gin")
 
 
 def test_a_folder_that_may_not_be_read(copy, monkeypatch):
-    from t5x_sparsity.artifacts import checkpoint
-
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(checkpoint, "_layout", refuse)
+    monkeypatch.setattr(checkpoint_folders, "layout_of", refuse)
     error(copy, r"can't be read \(PermissionError: .*Permission denied")
 
 
@@ -482,10 +476,31 @@ def test_chunks_that_hold_the_fill_value_may_be_left_out(tmp_path):
     x[:8] = 0
     ts.open(spec, create=True).result().write(x).result()
     assert not (place / "0.0.0").exists()
-    np.testing.assert_array_equal(open_checkpoint(str(folder)).weights["mlp/wi"].read(), x)
+    np.testing.assert_array_equal(open_checkpoint(str(folder)).weights["mlp/wi"].array.read(), x)
 
 
-def test_importing_it_takes_no_jax():
-    module = "t5x_sparsity.artifacts.checkpoint"
-    code = f"import sys, {module}; assert not {{'jax', 'flax', 'orbax'}} & set(sys.modules)"
+def test_opening_one_takes_no_jax(whole):
+    code = f"""
+import sys
+from t5x_sparsity.artifacts.checkpoint import open_checkpoint
+
+open_checkpoint({str(whole[1])!r})
+assert not {{'jax', 'flax', 'orbax'}} & set(sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_t5x_own_file_has_large_arrays_in_chunks(tmp_path, monkeypatch, dtype):
+    from flax import serialization
+
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 32)
+    x = RNG.normal(size=100).astype(dtype)
+    leaves = {"target/bias": x, "target/scale": dtype(3), "state/step": np.int32(7)}
+    folder = files.write("t5x", tmp_path / "checkpoint_7", leaves)
+    assert b"__msgpack_chunked_array__" in (folder / "checkpoint").read_bytes()
+    found = open_checkpoint(str(folder)).arrays
+    for name, expected in leaves.items():
+        read = found[name].read()
+        assert read.dtype == expected.dtype and read.shape == expected.shape
+        np.testing.assert_array_equal(read, expected)

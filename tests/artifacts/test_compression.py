@@ -350,7 +350,7 @@ def chosen_slice(pattern, x):
     return rng.random(x.shape) < 0.25
 
 
-def test_a_record_that_does_not_hold_is_passed_over():
+def test_a_record_that_does_not_hold_is_skipped():
     kept = np.zeros((16, 8), bool)
     kept[[0, 1, 5, 12]] = True
     x = kept.astype(np.float32)

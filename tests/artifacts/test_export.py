@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tracemalloc
-import types
 from pathlib import Path
 
 import checkpoint_files
@@ -19,44 +18,22 @@ import pytest
 from jax.experimental import sparse
 from safetensors.numpy import load_file, save_file
 
-from t5x_sparsity.artifacts.checkpoint import Checkpoint
 from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense
 from t5x_sparsity.artifacts.export import ExportError, export, load_export
-from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 from t5x_sparsity.embedded import decoder_only
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Memory:
-    """What `export` asks of a Checkpoint, in memory."""
-
-    def __init__(self, weights, kept, record, step):
-        self.weights = {
-            p: types.SimpleNamespace(read=lambda x=x: x, shape=x.shape) for p, x in weights.items()
-        }
-        self.masks, self.record, self.step = kept, record, step
-
-    def record_of(self, path):
-        return WeightRecord.from_dict(self.record.get(path, {}))
-
-    def read_mask(self, path, index=()):
-        return self.masks[path]
-
-    def axes(self, path):
-        return None
-
-    kept, zeros_are_pruned = Checkpoint.kept, Checkpoint.zeros_are_pruned
-    matrix_axes = Checkpoint.matrix_axes
-
-    def stack_axes(self, path):
-        return self.record_of(path).stack_axes or ()
-
-
 def checkpoint(weights, kept=None, record=None, step=7):
     """kept: path -> bool mask."""
-    return Memory(weights, kept or {}, record or {}, step)
+    leaves = {f"target/{path}": x for path, x in weights.items()}
+    leaves |= {
+        f"state/sparsity/masks/{path}": checkpoint_files.pack(mask, None)
+        for path, mask in (kept or {}).items()
+    }
+    return checkpoint_files.in_memory(leaves, record, step)
 
 
 def same_bits(a, b):

@@ -50,9 +50,6 @@ def test_elsewhere_a_line_says_what_takes_long(capsys):
 
 def test_lists_and_numbers():
     names = ["a", "b", "c", "d"]
-    assert (
-        text.first_few(names) == "a, b, c and 1 more" and text.first_few(names, 4) == "a, b, c, d"
-    )
     assert text.evenly_spaced(names, 2) == ["a", "d"] and text.evenly_spaced(names, 4) == names
     assert text.evenly_spaced(range(9), 3) == [0, 4, 8] and text.evenly_spaced([], 3) == []
     found = text.finite({"a": [1.0, math.nan], "b": (math.inf, "x"), "c": 2})

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import checkpoint_files as files
 import inprocess_runs
 import jax
 import numpy as np
@@ -177,11 +178,11 @@ def test_half_written_checkpoints(capsys, tmp_path, rigl, what):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_half_written_last_checkpoint_is_passed_over_and_named(capsys, tmp_path, rigl):
+def test_a_half_written_last_checkpoint_is_skipped_and_named(capsys, tmp_path, rigl):
     newer = half_written(rigl[0], tmp_path, "temporary")
     code, text, _ = export(capsys, newer.parent, tmp_path / "x.safetensors")
     assert code == 0 and "dense, step 2 of " in text
-    assert f"Passed over, not complete: {newer.name}." in text
+    assert f"Skipped, not complete: {newer.name}." in text
 
 
 @pytest.mark.parametrize(
@@ -233,3 +234,22 @@ def test_help_answers_questions(capsys):
     assert code == 0
     for word in ("CHECKPOINT", "OUT", "compressed", "--overwrite", "examples:", "Exit code"):
         assert word in out
+
+
+@pytest.mark.parametrize("axis, way", [(0, "inputs"), (1, "outputs")])
+def test_export_and_inspect_name_an_unrecorded_one_of_three_alike(capsys, tmp_path, axis, way):
+    groups = np.random.default_rng(0).permuted(np.tile(np.arange(3) == 0, (64, 32, 1)), axis=-1)
+    mask = groups.reshape(64, 96).T if axis == 0 else groups.reshape(64, 96)
+    leaves = files.sparse_leaves({"w": np.ones(mask.shape, np.float32)}, {"w": (mask, None)})
+    files.write("t5x", tmp_path / "checkpoint_7", leaves)
+    out = tmp_path / "w.safetensors"
+    code, text, _ = export(capsys, tmp_path, out, "--format=compressed")
+    assert code == 0 and f"1:3 along axis {axis}" in text
+    arguments = tmp_path, out, "--overwrite", "--format=compressed", "--json"
+    found = json.loads(export(capsys, *arguments)[1])
+    weight = found["weights"][0]
+    assert (weight["encoding"], weight["n"], weight["m"], weight["axis"]) == ("nm", 1, 3, axis)
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    weight = json.loads(capsys.readouterr().out)["weights"][0]
+    assert weight["pattern"].startswith(f"1:3 along {way}")
+    assert weight[f"n_by_m_{way}"] == [1, 3]

@@ -16,7 +16,8 @@ import tiny_t5
 import t5x_sparsity as ts
 from t5x_sparsity import cli
 from t5x_sparsity.artifacts import checkpoint_arrays
-from t5x_sparsity.artifacts.checkpoint import SavedArray, open_checkpoint
+from t5x_sparsity.artifacts.checkpoint import open_checkpoint
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.commands.inspect import weights as inspected
 from t5x_sparsity.core import packing
 
@@ -165,11 +166,12 @@ def test_sparse_is_compared_with_dense(capsys, sparse, dense):
 def test_what_several_devices_saved_is_read_alike(capsys, tmp_path):
     leaves = inprocess_runs.run(tmp_path / "run", tiny_t5.rigl(0.5), 0, mesh=(2, 2))
     found = open_checkpoint(str(tmp_path / "run"))
-    wi = found.weights["mlp_wi"]
+    wi = found.weights["mlp_wi"].array
     assert wi.chunk_shape != wi.shape
     for path, mask in masks_of(leaves).items():
-        np.testing.assert_array_equal(found.read_mask(path), mask)
-        np.testing.assert_array_equal(found.weights[path].read(), leaves[f"target/{path}"])
+        weight = found.weights[path]
+        np.testing.assert_array_equal(weight.read_mask(), mask)
+        np.testing.assert_array_equal(weight.array.read(), leaves[f"target/{path}"])
     rows = {r["path"]: r for r in as_json(capsys, tmp_path / "run")["weights"]}
     assert rows["mlp_wi"]["kept"] == masks_of(leaves)["mlp_wi"].sum()
 
@@ -269,12 +271,12 @@ def test_what_is_odd_is_said(capsys, tmp_path):
     assert "Kept but exactly zero, as weights are that were just grown: 1." in text
     assert f"Not (yet) as sparsity.json says, {pattern}: mlp/wi." in text
     assert f"unstructured (not {pattern})" in text
-    assert "sparsity.json beside the checkpoint is not of its masks: other there" in text
-    assert "7 is the last complete one; passed over as half-written: checkpoint_9." in text
+    assert "sparsity.json next to the checkpoint is not of its masks: other there" in text
+    assert "7 is the last complete one; skipped as half-written: checkpoint_9." in text
     notes = as_json(capsys, tmp_path)["notes"]
     assert len(notes) == 5 and all(note in text for note in notes)
     (tmp_path / "sparsity.json").unlink()
-    assert "There is no sparsity.json beside the checkpoint" in as_text(capsys, tmp_path)
+    assert "There is no sparsity.json next to the checkpoint" in as_text(capsys, tmp_path)
 
 
 def test_what_is_assumed_of_stacks_is_said(capsys, tmp_path):

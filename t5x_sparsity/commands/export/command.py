@@ -69,8 +69,8 @@ def _as_dict(exported: Exported, checkpoint: Checkpoint) -> dict[str, Any]:
         "format": exported.format,
         "checkpoint": checkpoint.path,
         "step": exported.step,
-        "passed_over": list(checkpoint.passed_over),
-        "has_masks": bool(checkpoint.masks),
+        "passed_over": list(checkpoint.skipped),
+        "has_masks": bool(checkpoint.masked),
         "file_bytes": exported.file_bytes,
         "totals": _totals(list(exported.weights)),
         "weights": [
@@ -114,9 +114,9 @@ def _as_text(exported: Exported, checkpoint: Checkpoint) -> str:
     )  # fmt: skip
     parts = [text_table(rows, headers=headers, align="llllrrrrr")]
     notes = [f"{w.path}: {w.note}." for w in exported.weights if w.note]
-    if checkpoint.passed_over:
-        notes.append(f"Passed over, not complete: {', '.join(checkpoint.passed_over)}.")
-    if not checkpoint.masks:
+    if checkpoint.skipped:
+        notes.append(f"Skipped, not complete: {', '.join(checkpoint.skipped)}.")
+    if not checkpoint.masked:
         notes.append(
             "The checkpoint has no masks: what counts as kept is what isn't 0, in matrices only."
         )

@@ -1,4 +1,4 @@
-"""The weights of checkpoints, looked at a part at a time."""
+"""What `t5x-sparsity inspect` finds out about the weights of checkpoints, a part at a time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from t5x_sparsity.artifacts.checkpoint import Checkpoint
+from t5x_sparsity.artifacts.checkpoint import SavedWeight
 from t5x_sparsity.artifacts.checkpoint_arrays import Index
 from t5x_sparsity.artifacts.found_patterns import Found, PatternFinder
 from t5x_sparsity.artifacts.kept_bits import KeptBits
 from t5x_sparsity.core.matrix_axes import MatrixAxes
 
-# The most bytes of bits, one a weight, that are held of a weight; a single slice is the least.
+# The most bytes of bits, one per weight, that are held of a weight; a single slice is the least.
 BITS_BYTES = 64 * 2**20
 # Numbers are compared in float64, of which a few times as many are held.
 COMPARED_BYTES = 16 * 2**20
@@ -24,49 +24,40 @@ Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Weight:
-    """What was found of a weight.
+class WeightFacts:
+    """What was found out about a weight.
 
     Attributes:
-      path: of the weight.
-      shape: of the weight.
-      dtype: its name, as saved.
-      axes: how it is a stack of matrices.
-      has_mask: whether the checkpoint has a mask of it.
+      weight: as the checkpoint has it.
       kept: weights that the mask keeps; without a mask in the whole checkpoint, those of a matrix
         that aren't zero; else all.
       nonzero: weights that aren't zero; None where that was not looked at.
       kept_zeros: weights that are zero where the mask keeps, such as those just grown.
       pruned_nonzeros: weights that aren't zero where the mask prunes; there should be none.
       found: what its zeros look like; None for what is dense or no matrix.
-      target: sparsity that the record asks for in the end, in [0, 1]; None where it doesn't say.
-      pattern: that of the record, as its repr; '' where it doesn't say.
-      algorithm: likewise.
     """
 
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    axes: MatrixAxes
-    has_mask: bool
+    weight: SavedWeight
     kept: int
     nonzero: int | None = None
     kept_zeros: int = 0
     pruned_nonzeros: int = 0
     found: Found | None = None
-    target: float | None = None
-    pattern: str = ""
-    algorithm: str = ""
+
+    @property
+    def path(self) -> str:
+        """Of the weight."""
+        return self.weight.path
 
     @property
     def size(self) -> int:
         """Weights in all."""
-        return math.prod(self.shape)
+        return self.weight.array.size
 
     @property
     def is_sparse(self) -> bool:
         """Whether it has a mask, or zeros that count as one."""
-        return self.has_mask or self.kept < self.size
+        return self.weight.mask is not None or self.kept < self.size
 
     @property
     def sparsity(self) -> float:
@@ -74,7 +65,7 @@ class Weight:
         return 1 - self.kept / self.size if self.size else 0.0
 
     @property
-    def found_pattern(self) -> str:
+    def pattern(self) -> str:
         """The pattern found, in words."""
         if self.found is not None:
             return self.found.pattern
@@ -82,43 +73,35 @@ class Weight:
             return "dense" if self.kept else "all zero"
         return "unstructured"
 
+    @property
+    def differs(self) -> bool:
+        """Whether its zeros are not (yet) in the pattern that the record says."""
+        return self.found is not None and self.found.follows is False
 
-def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n: None) -> Weight:
+
+def look_at(weight: SavedWeight, progress: Progress = lambda n: None) -> WeightFacts:
     """Looks at a weight; a dense one isn't read.
 
     Args:
-      checkpoint: whose weight it is.
-      path: of the weight.
+      weight: of a checkpoint.
       progress: is told how many bytes have been read, as they are.
 
     Raises:
       CheckpointError: the weight or its mask is damaged.
     """
-    weight, axes = checkpoint.weights[path], checkpoint.matrix_axes(path)
-    record = checkpoint.record_of(path)
-    has_mask = path in checkpoint.masks
-    facts = {
-        "path": path,
-        "shape": weight.shape,
-        "dtype": weight.dtype.name,
-        "axes": axes,
-        "has_mask": has_mask,
-        "target": record.sparsity,
-        "pattern": record.pattern or "",
-        "algorithm": record.algorithm or "",
-    }
-    if not has_mask and not checkpoint.zeros_are_pruned(path) or not weight.shape:
-        progress(weight.nbytes)
-        return Weight(**facts, kept=weight.size)
-    finder = PatternFinder(axes, facts["pattern"] if has_mask and facts["pattern"] else None)
+    array, axes, has_mask = weight.array, weight.axes, weight.mask is not None
+    if not (has_mask or weight.zeros_are_pruned) or not array.shape:
+        progress(array.nbytes)
+        return WeightFacts(weight=weight, kept=array.size)
+    finder = PatternFinder(axes, (has_mask and weight.record.pattern) or None)
     nonzero = kept_count = kept_zeros = pruned_nonzeros = 0
-    slice_shape = [weight.shape[a] for a in (*axes.inputs, *axes.outputs)]
+    slice_shape = [array.shape[a] for a in (*axes.inputs, *axes.outputs)]
     at_once = max(1, 8 * BITS_BYTES // max(1, math.prod(slice_shape)))
-    for group in _groups(weight.shape, axes.stack, at_once):
+    for group in _groups(array.shape, axes.stack, at_once):
         slices: dict[tuple[int, ...], KeptBits] = {}
-        for index, x in weight.parts(group):
+        for index, x in array.parts(group):
             is_set = x != 0
-            kept = checkpoint.kept(path, x, index)
+            kept = weight.kept(x, index)
             nonzero += np.count_nonzero(is_set)
             kept_count += np.count_nonzero(kept)
             kept_zeros += np.count_nonzero(kept & ~is_set)
@@ -127,8 +110,8 @@ def read_weight(checkpoint: Checkpoint, path: str, progress: Progress = lambda n
             progress(x.nbytes)
         for bits in slices.values():
             finder.add(bits)
-    return Weight(
-        **facts,
+    return WeightFacts(
+        weight=weight,
         kept=int(kept_count),
         nonzero=int(nonzero),
         kept_zeros=int(kept_zeros),
@@ -222,20 +205,19 @@ class Comparison:
         return found if math.isfinite(found) else None
 
 
-def compare_weight(
-    a: Checkpoint, b: Checkpoint, path: str, progress: Progress = lambda n: None
+def compare(
+    weight: SavedWeight, other: SavedWeight, progress: Progress = lambda n: None
 ) -> Comparison:
     """Compares a weight of two checkpoints, which has one shape in both.
 
     Raises:
       CheckpointError: the weight or a mask is damaged.
     """
-    weight, other = a.weights[path], b.weights[path]
     kept_count = other_count = both = 0
     moved = norm = 0.0
-    for index, x in weight.parts(max_bytes=COMPARED_BYTES):
-        y = other.read(index)
-        kept, other_kept = a.kept(path, x, index), b.kept(path, y, index)
+    for index, x in weight.array.parts(max_bytes=COMPARED_BYTES):
+        y = other.array.read(index)
+        kept, other_kept = weight.kept(x, index), other.kept(y, index)
         kept_count += np.count_nonzero(kept)
         other_count += np.count_nonzero(other_kept)
         both += np.count_nonzero(kept & other_kept)
@@ -243,11 +225,11 @@ def compare_weight(
         with np.errstate(invalid="ignore", over="ignore"):
             norm += float(np.sum(np.square(x)))
             moved += float(np.sum(np.square(y.astype(np.float64) - x)))
-        progress(weight.dtype.itemsize * x.size)
+        progress(weight.array.dtype.itemsize * x.size)
     return Comparison(
-        path=path,
-        shape=weight.shape,
-        size=weight.size,
+        path=weight.path,
+        shape=weight.array.shape,
+        size=weight.array.size,
         kept=int(kept_count),
         other_kept=int(other_count),
         both=int(both),
@@ -258,13 +240,6 @@ def compare_weight(
 
 def total(rows: Sequence[Comparison]) -> Comparison:
     """Several weights together."""
-    return Comparison(
-        path="total",
-        shape=(),
-        size=sum(r.size for r in rows),
-        kept=sum(r.kept for r in rows),
-        other_kept=sum(r.other_kept for r in rows),
-        both=sum(r.both for r in rows),
-        moved=sum(r.moved for r in rows),
-        norm=sum(r.norm for r in rows),
-    )
+    added = ("size", "kept", "other_kept", "both", "moved", "norm")
+    sums = {name: sum(getattr(r, name) for r in rows) for name in added}
+    return Comparison(path="total", shape=(), **sums)
