@@ -45,7 +45,7 @@ def test_an_unknown_slice(name):
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(aot.TopologyError, match=r"needs libtpu.*pip install 't5x_sparsity\[aot\]'"):
+    with pytest.raises(aot.TopologyError, match=r'needs libtpu.*pip install "t5x_sparsity\[aot\]"'):
         aot.get_slice("v5e:2x2")
 
 
