@@ -297,6 +297,7 @@ def mesh_main(directory, num_partitions):
     print("done on", dict(partitioner.mesh.shape))
 
 
+@pytest.mark.slow
 def test_restore_on_another_mesh(tmp_path):
     # (data, model): saved on (4, 1), restored on (2, 2), each process with four devices.
     for num_partitions, shape in ((1, "'data': 4"), (2, "'data': 2, 'model': 2")):

@@ -179,6 +179,7 @@ def first_batches(count, **overrides):
     return list(found.take(count).as_numpy_iterator())
 
 
+@pytest.mark.slow
 def test_data_is_the_same_in_another_process():
     # 30 batches of 8 are two and a half epochs, through shuffling and a random preprocessor.
     here = digest(first_batches(30))

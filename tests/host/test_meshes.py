@@ -77,6 +77,7 @@ def test_masks_are_the_same_in_two_processes(tmp_path):
             check_placed(mesh, found[mesh]["placed"])
 
 
+@pytest.mark.slow
 def test_runs_agree_on_every_mesh():
     losses = {}
     for data, model in ((1, 1), (2, 2)):
@@ -89,7 +90,7 @@ def test_runs_agree_on_every_mesh():
         np.testing.assert_allclose(values, losses[1, 1], rtol=2e-3, err_msg=str(mesh))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_no_weight_moves_between_devices(optimizer):
     """The compiled steps gather what the dense step gathers, and sort nothing."""
     partitioner = tiny_t5.MeshPartitioner(1, 4)

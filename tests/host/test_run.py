@@ -12,6 +12,7 @@ from t5x_sparsity import host
 MASKS = "MASK_UPDATE_PERIOD=3"
 
 
+@pytest.mark.slow
 def test_a_run_trains_reports_and_resumes_exactly(tmp_path):
     file = write_run(tmp_path)
     whole = run(file, tmp_path / "whole", MASKS, steps=8)

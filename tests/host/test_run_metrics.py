@@ -55,6 +55,7 @@ def test_the_numbers_of_a_period_are_those_of_its_masks(tmp_path):
     trainer.close()
 
 
+@pytest.mark.slow
 def test_weights_with_schedules_of_their_own_are_counted_at_their_own_updates():
     algorithm = ts.RigL(updates=ts.Periodic(begin=1, end=9, period=2))
     own = ts.SET(updates=ts.Periodic(begin=0, end=12, period=4))

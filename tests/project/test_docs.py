@@ -145,6 +145,7 @@ def test_files_that_a_page_names_are_there(page):
     assert_links_lead_somewhere(text, DOCS)
 
 
+@pytest.mark.slow
 def test_the_example_of_a_new_method_trains(tmp_path):
     module, with_optax = blocks("new_algorithm.md", "python")
     (run_file,) = blocks("new_algorithm.md", "gin")
