@@ -65,6 +65,7 @@ MODULES = (
     "artifacts.found_patterns",
     "artifacts.macros",
     "artifacts.record",
+    "artifacts.structure",
     "core.contract",
     "core.distributions",
     "core.exact_sums",
