@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 
@@ -28,7 +29,8 @@ def requires(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as e:
         package = (e.name or "").partition(".")[0]
-        if package in ("", "t5x_sparsity"):
+        there = package != e.name and importlib.util.find_spec(package) is not None
+        if package in ("", "t5x_sparsity") or there:  # a broken installation has another cause
             raise
         # which module imports it is of no use to the user
         raise MissingExtra(

@@ -30,7 +30,7 @@ def _choose() -> Literal["t5x", "embedded"]:
         )
     if wanted == "embedded":
         return "embedded"
-    if importlib.util.find_spec("t5x") is None:
+    if not _is_t5x_there():
         if wanted == "t5x":
             raise ImportError(
                 f"{VARIABLE} asks for T5X, but no package t5x is importable; install T5X by its "
@@ -38,6 +38,13 @@ def _choose() -> Literal["t5x", "embedded"]:
             )
         return "embedded"
     return "t5x"
+
+
+def _is_t5x_there() -> bool:
+    spec = importlib.util.find_spec("t5x")
+    # with this package's folder on the path, its own folder t5x is found
+    own = os.path.join(os.path.dirname(__file__), "t5x", "__init__.py")
+    return spec is not None and spec.origin != own
 
 
 NAME = _choose()

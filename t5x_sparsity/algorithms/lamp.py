@@ -33,7 +33,7 @@ def lamp_masks(
     stack_axes: Sequence[Sequence[int]] | None = None,
     order: Sequence[Sequence[int]] | None = None,
 ) -> list[jax.Array]:
-    """Reorder the masks of the k weights of largest LAMP score over all tensors together.
+    """Returns the masks of the k weights of largest LAMP score over all tensors together.
 
     Each slice is a layer. Of equal LAMP scores the larger |w| is kept, then the earlier tensor,
     then the lower flat index. Equal |w| of a layer have equal LAMP scores, except that the first of

@@ -148,20 +148,25 @@ def _cuts(region: slice, length: int, origin: int = 0) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
-def saved_arrays(folder: epath.Path, layout: str) -> dict[str, SavedArray]:
-    """The arrays of a checkpoint by name; no values are read, but all their chunks are there.
+def saved_arrays(
+    folder: epath.Path, layout: str, *, prefix: str = "", complete: bool = True
+) -> dict[str, SavedArray]:
+    """The arrays of a checkpoint by name; no values are read.
 
     Args:
       folder: that of the checkpoint.
       layout: 'orbax' or 't5x', see `checkpoint_folders.layout_of`.
+      prefix: of the names of the arrays that are wanted; others are not opened.
+      complete: whether to look that all their chunks are there, for which all files are listed.
 
     Raises:
       CheckpointError: it is damaged.
     """
-    return _orbax_arrays(folder) if layout == "orbax" else _t5x_arrays(folder)
+    arrays_of = _orbax_arrays if layout == "orbax" else _t5x_arrays
+    return arrays_of(folder, prefix, complete)
 
 
-def _orbax_arrays(folder: epath.Path) -> dict[str, SavedArray]:
+def _orbax_arrays(folder: epath.Path, prefix: str, complete: bool) -> dict[str, SavedArray]:
     state = folder / "state"
     try:
         metadata = json.loads((state / "_METADATA").read_text())
@@ -183,12 +188,13 @@ def _orbax_arrays(folder: epath.Path) -> dict[str, SavedArray]:
         base = {"driver": "ocdbt", "base": base}
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     places = {"/".join(keys): (driver, ".".join(keys)) for keys in names}
+    places = {name: place for name, place in places.items() if name.startswith(prefix)}
     # where Orbax writes all chunks, even those of nothing but the fill value
     writes_all = bool(metadata.get("store_array_data_equal_to_fill_value"))
-    return _open_arrays(folder, base, places, writes_all)
+    return _open_arrays(folder, base, places, writes_all, complete)
 
 
-def _t5x_arrays(folder: epath.Path) -> dict[str, SavedArray]:
+def _t5x_arrays(folder: epath.Path, prefix: str, complete: bool) -> dict[str, SavedArray]:
     try:
         content = _unpack((folder / "checkpoint").read_bytes())
     except ImportError:
@@ -204,6 +210,8 @@ def _t5x_arrays(folder: epath.Path) -> dict[str, SavedArray]:
     rest = {k: v for k, v in content.items() if k not in ("optimizer", "version")}
     found, places = {}, {}
     for name, leaf in flatten({**rest, **content["optimizer"]}).items():
+        if not name.startswith(prefix):
+            continue
         if isinstance(leaf, Mapping):
             store = leaf.get("kvstore")
             path = store.get("path") if isinstance(store, Mapping) else leaf.get("path")
@@ -211,7 +219,7 @@ def _t5x_arrays(folder: epath.Path) -> dict[str, SavedArray]:
         elif isinstance(leaf, np.ndarray | int | float):
             x = np.asarray(leaf)
             found[name] = make_array(folder, name, x, x.dtype, x.shape)
-    return {**found, **_open_arrays(folder, _kvstore(folder), places, False)}
+    return {**found, **_open_arrays(folder, _kvstore(folder), places, False, complete)}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -252,22 +260,25 @@ def _open_arrays(
     base: Mapping[str, Any],
     arrays: Mapping[str, tuple[str, str]],
     writes_all: bool,
+    complete: bool,
 ) -> dict[str, SavedArray]:
-    """Opens arrays, of whose elements none is read, and looks whether all their chunks are there.
+    """Opens arrays, of whose elements none is read.
 
     Args:
       folder: the checkpoint.
       base: the store that they are all in.
       arrays: name -> driver and place in the store.
       writes_all: whether chunks were saved even where they hold nothing but the fill value.
+      complete: whether to look that all their chunks are there.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": PART_BYTES}})
     try:
         store = ts.KvStore.open(dict(base), context=context).result()
-        keys = [k.decode("utf-8", "replace") for k in store.list().result()]
+        listed = store.list().result() if complete and arrays else []
     except (ValueError, OSError) as e:
         raise damaged(folder, f"its list of arrays can't be read ({short(e)})") from e
     places = {path for _, path in arrays.values()}
+    keys = (k.decode("utf-8", "replace") for k in listed)
     chunks = Counter(_place(k, places) for k in keys if not k.endswith(_METADATA_KEYS))
     opening = {}
     for name, (driver, path) in arrays.items():
@@ -284,7 +295,7 @@ def _open_arrays(
         expected = math.prod(-(-n // max(1, c)) for n, c in zip(x.shape, grid, strict=True))
         there = chunks[arrays[name][1]]
         # a chunk that is not there reads as the fill value: zeros, which nobody would notice
-        if there < expected and (writes_all or x.fill_value is None):
+        if complete and there < expected and (writes_all or x.fill_value is None):
             raise damaged(folder, f"{expected - there} of {expected} chunks of {name} are missing")
         found[name] = make_array(folder, name, x, x.dtype.numpy_dtype, grid)
     return found

@@ -66,9 +66,13 @@ class KeptBits:
 
     def bands(self, multiple: int = 1) -> Iterator[np.ndarray]:
         """The matrix, a multiple of so many rows at a time; the rest comes last."""
-        step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
+        step = self.band_rows(multiple)
         for start in range(0, self.rows, step):
             yield self.band(start, min(start + step, self.rows))
+
+    def band_rows(self, multiple: int = 1) -> int:
+        """Rows looked at together, a multiple of so many."""
+        return max(1, _BAND // max(1, self.columns * multiple)) * multiple
 
 
 def slices_of(kept: np.ndarray, stack_axes: Sequence[int] = ()) -> Iterator[KeptBits]:

@@ -45,6 +45,10 @@ class WeightRecord:
     def from_dict(cls, entry: Mapping[str, Any]) -> WeightRecord:
         """The record of an entry of the file; further keys are left out."""
         own = {f.name: entry[f.name] for f in dataclasses.fields(cls) if f.name in entry}
+        if own.get("axes") is not None:  # the last axes may have no name
+            own["axes"] = own["axes"] + [None] * (len(own.get("shape") or ()) - len(own["axes"]))
+        if "pattern" in own:  # older versions wrote several lines where a user's pattern has them
+            own["pattern"] = one_line(own["pattern"])
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +56,11 @@ class WeightRecord:
         said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         said = {k: v for k, v in said.items() if v is not None or k == "axes"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
+
+
+def one_line(text: str) -> str:
+    """The text in one line."""
+    return " ".join(text.split())
 
 
 def write_record(path: epath.Path, record: Mapping[str, WeightRecord]) -> None:
@@ -122,7 +131,7 @@ def _is_share(value: Any, _) -> bool:
 def _are_names(value: Any, shape: list) -> bool:
     return value is None or (
         isinstance(value, list)
-        and len(value) == len(shape)
+        and len(value) <= len(shape)
         and all(name is None or _is_text(name) for name in value)
     )
 
@@ -141,9 +150,9 @@ _ALLOWED = (
     ("shape", _is_shape, "a list of whole numbers"),
     ("sparsity", _is_share, "a number in [0, 1]"),
     ("kept", lambda value, _: _is_whole(value), "a whole number"),
-    ("pattern", lambda value, _: _is_text(value), "text of a line"),
+    ("pattern", lambda value, _: isinstance(value, str) and _is_text(one_line(value)), "text"),
     ("algorithm", lambda value, _: _is_text(value), "text of a line"),
     ("start_step", lambda value, _: _is_whole(value), "a step"),
-    ("axes", _are_names, "null or a list of a name or null for each axis of the shape"),
+    ("axes", _are_names, "null or a list of names or nulls, at most one per axis of the shape"),
     ("stack_axes", _are_stacked, "a list of different axes of the shape, which leaves one"),
 )

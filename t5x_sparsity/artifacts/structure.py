@@ -164,19 +164,31 @@ def _step(bits: KeptBits, length: int, inner: int, step: int) -> int:
       inner: weights between neighbors along the axis.
       step: of other slices, which is to be a multiple of it.
     """
-    overlap = -(-inner // bits.columns)
-    last = np.zeros((overlap, bits.columns), bool)
-    start = 0
-    for band in bits.bands():
-        joined = np.concatenate([last, band]).ravel()
-        rest = overlap * bits.columns
-        differs = joined[rest:] ^ joined[rest - inner : joined.size - inner]
+    for start, differs in _differences(bits, inner):
         # most often, the first few tell that there are no such runs
         for part in (differs[:_FEW], differs):
             places = (np.flatnonzero(part) + start) // inner % length
             step = math.gcd(step, int(np.gcd.reduce(np.unique(places), initial=0)))
             if step == 1:
                 return 1
-        start += band.size
-        last = joined.reshape(-1, bits.columns)[-overlap:]
     return step
+
+
+def _differences(bits: KeptBits, inner: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Whether each weight differs from the one `inner` before it, a band of them at a time.
+
+    Yields the flat place of the band's first weight, and bool [weights]. The first `inner` weights
+    have none before them, and may be left out.
+    """
+    if inner % bits.columns:  # neighbors lie in one row
+        for start in range(0, bits.rows, bits.band_rows()):
+            band = bits.band(start, min(start + bits.band_rows(), bits.rows))
+            before = np.roll(band, inner, axis=1)
+            before[:, :inner] = band[:, :inner]
+            yield start * bits.columns, (band ^ before).ravel()
+        return
+    gap = inner // bits.columns
+    for start in range(gap, bits.rows, bits.band_rows()):
+        stop = min(start + bits.band_rows(), bits.rows)
+        differs = bits.band(start, stop) ^ bits.band(start - gap, stop - gap)
+        yield start * bits.columns, differs.ravel()

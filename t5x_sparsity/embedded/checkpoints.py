@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -130,8 +131,8 @@ def plan_restore(
                 if len(names) > _SHOWN:
                     lines.append(f"  ... and {len(names) - _SHOWN} more")
         raise ValueError("\n".join(lines))
-    sources = [leaf.name for leaf in plan.values()]
-    twice = sorted({name for name in sources if sources.count(name) > 1})
+    sources = Counter(leaf.name for leaf in plan.values())
+    twice = sorted(name for name, count in sources.items() if count > 1)
     if twice:
         raise ValueError(f"Several leaves of the run are read from {twice[0]}: use T5X for it.")
     if unexpected:

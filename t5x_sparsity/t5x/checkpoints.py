@@ -19,7 +19,7 @@ from t5x_sparsity.artifacts import record
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, flatten, saved_arrays
 from t5x_sparsity.artifacts.checkpoint_folders import absolute, layout_of
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord
-from t5x_sparsity.core.contract import Plan
+from t5x_sparsity.core.contract import LayerPlan, Plan
 from t5x_sparsity.core.names import first_few
 from t5x_sparsity.core.patterns import to_text
 from t5x_sparsity.core.plan import update_schedules
@@ -169,12 +169,14 @@ def _saved_sparsity(path: epath.Path, before: str) -> dict[str, SavedArray]:
             f"{path} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'{remedy}"
         )
     try:
-        arrays = saved_arrays(path, layout)
+        # of masks and slots the shapes are asked for, and of weights nothing
+        return saved_arrays(path, layout, prefix=SPARSITY, complete=False)
+    except ImportError:
+        raise
     except Exception as e:
         raise ValueError(
             f"the checkpoint {path} is damaged and can't be read ({type(e).__name__}: {e}){remedy}"
         ) from e
-    return {name: x for name, x in arrays.items() if name.startswith(SPARSITY)}
 
 
 def _check_data_position(path: epath.Path) -> None:
@@ -201,11 +203,18 @@ def _record(plan: Plan) -> dict[str, WeightRecord]:
             pattern=to_text(layer.pattern),
             algorithm=type(layer.algorithm).__name__,
             start_step=_start_step(layer.algorithm.updates),
-            axes=None if layer.axes is None else tuple(layer.axes),
+            axes=_axes_of(layer),
             stack_axes=tuple(layer.stack_axes),
         )
         for path, layer in plan.items()
     }
+
+
+def _axes_of(layer: LayerPlan) -> tuple[str | None, ...] | None:
+    """The logical name of every axis, None where an axis has none."""
+    if layer.axes is None:
+        return None
+    return (*layer.axes, *[None] * (len(layer.shape) - len(layer.axes)))
 
 
 def _start_step(updates: Any) -> int:

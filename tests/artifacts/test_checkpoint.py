@@ -396,10 +396,10 @@ BAD_ENTRIES = [
     ("shape", [2**32, 2**31], "list of whole"),
     *(("sparsity", x, "a number in") for x in ("abc", None, [1], True, float("nan"), -0.1, 1.1)),
     *(("kept", x, "a whole number") for x in (None, 0.5, -1, "3")),
-    *(("pattern", x, "text") for x in (None, 3, ["a"], "a\0b", "a\nb", "\ud800")),
+    *(("pattern", x, "text") for x in (None, 3, ["a"], "a\0b", "\ud800")),
     *(("algorithm", x, "text") for x in (None, 3, ["a"], "a\nb")),
     *(("start_step", x, "a step") for x in (None, "x", -1, 1.0, True)),
-    *(("axes", x, "null or a list of") for x in (3, "abc", ["embed"], [1, 2, 3], ["a", "b", "\n"])),
+    *(("axes", x, "null or a list of") for x in (3, "abc", ["a"] * 4, [1, 2, 3], ["a", "b", "\n"])),
     *(("stack_axes", x, "different axes") for x in (1, None, "ab", [0, 1, 2], [3], [-1], [1, 1])),
     *(("stack_axes", x, "different axes") for x in ([[1]], [True], [1.0])),
 ]

@@ -434,7 +434,7 @@ def a_record_cut(folder):
 def a_record_of_other_values(folder):
     written(folder / "checkpoint_7")
     files.write_record(folder, mlp__wi={"shape": [16, 8], "pattern": None})
-    return folder, "sparsity.json is damaged (pattern of mlp/wi is null, not text of a line)"
+    return folder, "sparsity.json is damaged (pattern of mlp/wi is null, not text)"
 
 
 def a_mask_of_another_type(folder):

@@ -39,6 +39,12 @@ def test_a_missing_module_of_this_package_is_no_missing_extra():
         import t5x_sparsity.no_such  # noqa: F401
 
 
+def test_a_package_that_lacks_a_module_is_no_missing_extra():
+    with pytest.raises(ModuleNotFoundError) as e, requires("tools", "it"):
+        import json.no_such_part  # noqa: F401
+    assert not isinstance(e.value, MissingExtra)
+
+
 def test_other_import_errors_pass():
     with pytest.raises(ImportError) as e, requires("tools", "it"):
         from math import no_such_function  # noqa: F401
