@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from t5x_sparsity.core.names import one_line
+
 if TYPE_CHECKING:
     from etils import epath
 
@@ -56,11 +58,6 @@ class WeightRecord:
         said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         said = {k: v for k, v in said.items() if v is not None or k == "axes"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
-
-
-def one_line(text: str) -> str:
-    """The text in one line."""
-    return " ".join(text.split())
 
 
 def write_record(path: epath.Path, record: Mapping[str, WeightRecord]) -> None:

@@ -11,14 +11,11 @@ import os
 import sys
 from collections.abc import Iterator
 
+from t5x_sparsity.core.names import one_line as one_line
+
 
 class CommandError(Exception):
     """What was asked for can't be done: one line for the user, exit code 2."""
-
-
-def one_line(error: object) -> str:
-    """A message, however long, as one line."""
-    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Names of weights as messages show them. Imports the standard library alone."""
+"""Names and errors as messages show them. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ def first_few(names: Sequence[str], most: int = 3, separator: str = ", ") -> str
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def one_line(error: object) -> str:
+    """A message, however long, as one line."""
+    return " ".join(str(error).split())
