@@ -17,20 +17,16 @@ import jax.numpy as jnp
 BITS = 30  # per term, below the largest term of its sum
 _DIGIT = 10
 _DIGITS = 7  # for 30 bits per term and 2**40 terms
-# so many digits have a sum that fits an int32
-_TERMS = 1 << (31 - _DIGIT)
+_TERMS = 1 << (31 - _DIGIT)  # so many digits have a sum that fits an int32
 
 
 def fixed_point(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """Rounds non-negative floats to integers below 2**30, with one power of two per sum.
+    """Rounds finite, non-negative floats to integers below 2**30, with one power of two per sum.
 
-    Args:
-      x: float, finite and not negative.
-      axes: those over which `integer_sum` will sum.
+    axes: those over which `integer_sum` will sum.
 
-    Returns:
-      int32 of x's shape, and the int32 exponent, `axes` being of length 1: x is approximately
-      integer * 2**exponent.
+    Returns int32 of x's shape, and the int32 exponent, `axes` being of length 1: x is approximately
+    integer * 2**exponent.
     """
     x = x.astype(jnp.float32)
     top = jnp.max(x, axis=tuple(axes), keepdims=True)
