@@ -1,9 +1,8 @@
 """Sums that are the same, bit for bit, in any order of their terms.
 
-The result of a float sum depends on the order of its terms, and under a mesh the order depends on
-the mesh. Scores that are sums over a block, a channel or a layer would tie on one mesh and not on
-another, and masks would differ. Here terms are rounded to 30 bits below the largest term and added
-as integers.
+A float sum depends on the order of its terms, and the order on the mesh. Scores that are sums over
+a block, a channel or a layer would tie on one mesh and not on another, and masks would differ. Here
+terms are rounded to 30 bits below the largest term and added as integers.
 """
 
 from __future__ import annotations
