@@ -107,16 +107,14 @@ def _rows(paths: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
 
 def flops_scalars(flops: RunFlops) -> dict[str, float]:
     """`flops/...`: of training so far and of a forward pass; sparse, dense and their ratio."""
-    scalars = {
-        "flops/training": flops.training,
-        "flops/training_dense": flops.dense_training,
-        "flops/inference": flops.forward,
-        "flops/inference_dense": flops.dense_forward,
-    }
-    for kind in ("training", "inference"):
-        if scalars[f"flops/{kind}_dense"]:
-            share = scalars[f"flops/{kind}"] / scalars[f"flops/{kind}_dense"]
-            scalars[f"flops/{kind}_share"] = share
+    scalars = {}
+    for kind, sparse, dense in (
+        ("training", flops.training, flops.dense_training),
+        ("inference", flops.forward, flops.dense_forward),
+    ):
+        scalars |= {f"flops/{kind}": sparse, f"flops/{kind}_dense": dense}
+        if dense:
+            scalars[f"flops/{kind}_share"] = sparse / dense
     return scalars
 
 

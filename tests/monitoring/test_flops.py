@@ -27,8 +27,8 @@ def cost(algorithm, density, steps, pattern=None):
         algorithm=algorithm,
         pattern=pattern,
     )
-    assert flops.dense_forward_flops(plan) == 2 * SIZE
-    total = sum(flops.train_step_flops(plan, {"w": density}, step) for step in steps)
+    assert flops.flops_per_token(plan, {"w": 1.0}, steps[0])[0] == 2 * SIZE
+    total = sum(flops.flops_per_token(plan, {"w": density}, step)[1] for step in steps)
     return total / len(steps) / (2 * SIZE)
 
 
@@ -76,8 +76,8 @@ def test_forward_passes_of_several_algorithms():
         rules=[ts.Rule(path="b", algorithm=ts.DecayingMask(updates=UPDATES))],
     )
     densities = {"a": 0.5, "b": 0.25}
-    assert flops.forward_flops(plan, densities, 3) == 2 * 64 * (0.5 + 1)
-    assert flops.forward_flops(plan, densities, 1000) == 2 * 64 * (0.5 + 0.25)
+    assert flops.flops_per_token(plan, densities, 3)[0] == 2 * 64 * (0.5 + 1)
+    assert flops.flops_per_token(plan, densities, 1000)[0] == 2 * 64 * (0.5 + 0.25)
 
 
 RUN = 1000
