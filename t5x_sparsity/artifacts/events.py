@@ -119,16 +119,22 @@ def read_run(folder: str) -> Run:
             raise ValueError(f"{root} has no events that can be read: {remarks[0]}")
         raise ValueError(_no_events(root))
     config = _text(root / "config.gin")
+    # each host says it in its own words
+    weights = re.search(
+        r"^(?:Weights in all|Total number of parameters): (\d+)",
+        _text(root / "model-info.txt") or "",
+        re.MULTILINE,
+    )
     return Run(
         folder=str(folder),
         train=_series(train),
         evals=evals,
-        masks=_below(train, MASKS, Image),
-        fan_in=_below(train, FAN_IN, Histogram),
+        masks=_by_path(train, Image, MASKS),
+        fan_in=_by_path(train, Histogram, FAN_IN),
         record=_read_record(root / RECORD, remarks),
         config=config,
         bindings=_bindings(config or "", remarks),
-        weights=_weights(_text(root / "model-info.txt") or ""),
+        weights=int(weights[1]) if weights else None,
         remarks=tuple(remarks),
     )
 
@@ -258,7 +264,7 @@ def _histogram(buckets: np.ndarray, step: int) -> Histogram | None:
 def _of_kind(found: _Found, kind: type) -> dict[str, dict[int, Any]]:
     """The values of one type, by tag and step, both in their order."""
     by_tag = {
-        tag: {step: values[step] for step in sorted(values) if isinstance(values[step], kind)}
+        tag: {step: value for step, value in sorted(values.items()) if isinstance(value, kind)}
         for tag, values in sorted(found.items())
     }
     return {tag: values for tag, values in by_tag.items() if values}
@@ -271,12 +277,11 @@ def _series(found: _Found) -> dict[str, Series]:
     }
 
 
-def _below(found: _Found, prefix: str, kind: type) -> dict[str, list[Any]]:
-    """Images or histograms by what follows the prefix."""
+def _by_path(found: _Found, kind: type, prefix: str) -> dict[str, list[Any]]:
+    """Images or histograms, whose tags all have the prefix."""
     return {
         tag.removeprefix(prefix): list(values.values())
         for tag, values in _of_kind(found, kind).items()
-        if tag.startswith(prefix)
     }
 
 
@@ -295,12 +300,6 @@ def _read_record(path: epath.Path, remarks: list[str]) -> dict[str, dict[str, An
     except ValueError as e:
         remarks.append(f"{path.name} can't be read ({e}), and is left out.")
         return {}
-
-
-def _weights(text: str) -> int | None:
-    """The number of all weights, which each host writes in its own words."""
-    match = re.search(r"^(?:Weights in all|Total number of parameters): (\d+)", text, re.MULTILINE)
-    return int(match[1]) if match else None
 
 
 def _bindings(config: str, remarks: list[str]) -> dict[str, str]:
