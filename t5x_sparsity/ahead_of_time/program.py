@@ -158,8 +158,9 @@ def _attribute(x: _Instruction, name: str) -> str:
 def _calls(x: _Instruction, iterations: int | None) -> list[tuple[str, int]]:
     """The computations that an instruction calls, and how often: once, but for loops."""
     if x.op == "while":
-        turns, tests = (1, 1) if iterations is None else (iterations, iterations + 1)
-        return [(_attribute(x, "body"), turns), (_attribute(x, "condition"), tests)]
+        body, condition = _attribute(x, "body"), _attribute(x, "condition")
+        known = iterations is not None
+        return [(body, iterations if known else 1), (condition, iterations + 1 if known else 1)]
     if x.op in ("async-update", "async-done"):  # they name what async-start calls
         return []
     names = [
@@ -236,11 +237,8 @@ def _adds_one(index: int, body: _Computation) -> bool:
     if root is None or root.op != "tuple" or index >= len(root.operands):
         return False
     step = _source(root.operands[index], body)
-    return (
-        step is not None
-        and step.op == "add"
-        and any(
-            _state_index(a, body) == index and _constant(b, body) == 1
-            for a, b in (step.operands, reversed(step.operands))
-        )
-    )
+    if step is None or step.op != "add":
+        return False
+    a, b = step.operands
+    pairs = ((a, b), (b, a))
+    return any(_state_index(x, body) == index and _constant(y, body) == 1 for x, y in pairs)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_sparsity.ahead_of_time.environment import TPU_ENVIRONMENT
+from t5x_sparsity.ahead_of_time import TPU_ENVIRONMENT
 from t5x_sparsity.ahead_of_time.patches import jax_devices
 from t5x_sparsity.ahead_of_time.program import CompiledStep, describe
 from t5x_sparsity.core.names import one_line
@@ -51,14 +51,14 @@ class Slice:
 class Compilation:
     """The result of compiling one step."""
 
-    seconds: float  # that tracing and compiling took
-    step: CompiledStep | None  # None where it was refused for memory
-    needed_bytes: int | None  # of a device; None where libtpu refused it without a number
-    available_bytes: int | None  # of a device; None where libtpu doesn't say
+    compile_seconds: float  # tracing included
+    needed_bytes: int | None  # of a chip; None where libtpu refused it without a number
+    available_bytes: int | None  # of a chip; None where libtpu doesn't say
+    per_chip: CompiledStep | None  # what it takes; None where it was refused for memory
 
     @property
     def fits(self) -> bool:
-        return self.step is not None
+        return self.per_chip is not None
 
 
 def get_slice(name: str, *, one_process: bool = False) -> Slice:
@@ -83,18 +83,12 @@ def get_slice(name: str, *, one_process: bool = False) -> Slice:
             f"libtpu knows no TPU slice {name!r} ({one_line(e)}); give one such as v4:2x2x2, "
             "v5e:4x4, v5p:2x2x2 or v6e:4x4"
         ) from e
-    return Slice(name, tuple(found.devices), _usable_bytes(found.devices[0]), one_process)
-
-
-def _usable_bytes(device: Any) -> int | None:
-    """Usable device memory, which libtpu names when it refuses a program that needs more."""
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    devices = Slice(name, tuple(found.devices), None, one_process)
+    # libtpu names the memory of a device when it refuses a program that needs more
+    sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("x",)), PartitionSpec())
     far_too_large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=sharding)
-    try:
-        jax.jit(lambda x: x + 1).lower(far_too_large).compile()
-    except Exception as e:
-        return refusal(str(e))[1]
-    return None
+    refused = compile_step(jax.jit(lambda x: x + 1), devices, far_too_large)
+    return dataclasses.replace(devices, hbm_bytes=refused.available_bytes)
 
 
 def refusal(message: str) -> tuple[int | None, int | None]:
@@ -196,5 +190,9 @@ def compile_step(step: Any, devices: Slice, *arguments: Any) -> Compilation:
             raise
         needed, said = refusal(str(e))
         available = said or available
-    seconds = time.monotonic() - begun
-    return Compilation(seconds=seconds, step=found, needed_bytes=needed, available_bytes=available)
+    return Compilation(
+        compile_seconds=time.monotonic() - begun,
+        needed_bytes=needed,
+        available_bytes=available,
+        per_chip=found,
+    )

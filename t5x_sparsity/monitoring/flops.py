@@ -9,13 +9,12 @@ what a sparse machine could save.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from t5x_sparsity.core.contract import Algorithm, Plan
+from t5x_sparsity.core.contract import Plan
 from t5x_sparsity.core.plan import by_algorithm
 from t5x_sparsity.core.schedules import Periodic, last_update
 from t5x_sparsity.monitoring.matrix_products import Products
@@ -48,23 +47,6 @@ class RunFlops(NamedTuple):
     training: float  # of all train steps of this one
 
 
-def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
-    """FLOPs of a run of `total_steps`, from its schedules; see `Algorithm.mask_densities`.
-
-    products: of the loss of one batch.
-    """
-    return FlopsSoFar(plan, products).advance(total_steps)
-
-
-@dataclasses.dataclass
-class _Group:
-    """The weights of one algorithm."""
-
-    algorithm: Algorithm
-    mask_densities: Callable[[int | None], Mapping[str, float]]  # by the step of the last update
-    updated: int | None  # the last update so far
-
-
 class FlopsSoFar:
     """Counts a run's FLOPs while it runs, on the host, from `Algorithm.mask_densities`."""
 
@@ -73,13 +55,12 @@ class FlopsSoFar:
         self._sparse = {p: products.of_weights[p] for p in plan}
         self._dense = products.total
         self._rest = self._dense - sum(self._sparse.values())
-        self._groups = []
-        for algorithm, part in by_algorithm(plan):
-            # as many as `advance` asks for at once
-            cached = functools.lru_cache(2 * _SAMPLES)
-            masks = cached(functools.partial(algorithm.mask_densities, part))
-            last = last_update(algorithm.updates, first_step)
-            self._groups.append(_Group(algorithm, masks, last))
+        self._groups = by_algorithm(plan)
+        self._updated = [last_update(a.updates, first_step) for a, _ in self._groups]
+        # of a group after an update, for as many as `advance` asks for at once
+        self._mask_densities = functools.lru_cache(2 * _SAMPLES)(
+            lambda i, updated: self._groups[i][0].mask_densities(self._groups[i][1], updated)
+        )
         self._first = self._step = first_step
         self._spent = 0.0
 
@@ -94,26 +75,27 @@ class FlopsSoFar:
         new = range(self._step, step)
         self._spent += 3 * self._rest * len(new)
         forward = self._rest
-        for group in self._groups:
-            updates = [t for t in new if group.algorithm.updates.is_update(t)]
+        for i, (algorithm, _) in enumerate(self._groups):
+            updates = [t for t in new if algorithm.updates.is_update(t)]
             # update steps are counted separately: they may need gradients of all weights
             for steps in (updates, sorted(set(new).difference(updates))):
                 chosen = _evenly(steps)
-                spent = [self._of_step(group, updates, t) for t in chosen]
+                spent = [self._of_step(i, updates, t) for t in chosen]
                 self._spent += sum(spent) * len(steps) / max(len(chosen), 1)
-            group.updated = updates[-1] if updates else group.updated
-            for path, density in group.mask_densities(group.updated).items():
-                forward += self._sparse[path] * group.algorithm.densities(density, step)[0]
+            self._updated[i] = updates[-1] if updates else self._updated[i]
+            for path, density in self._mask_densities(i, self._updated[i]).items():
+                forward += self._sparse[path] * algorithm.densities(density, step)[0]
         self._step = step
         steps = step - self._first
         return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))
 
-    def _of_step(self, group: _Group, updates: Sequence[int], step: int) -> float:
+    def _of_step(self, group: int, updates: Sequence[int], step: int) -> float:
         """FLOPs of the train step at `step` through the weights of a group."""
         before = bisect.bisect_left(updates, step)
-        densities = functools.cache(lambda density: group.algorithm.densities(density, step))
+        masks = self._mask_densities(group, updates[before - 1] if before else self._updated[group])
+        # weights often share a density
+        densities = functools.cache(lambda density: self._groups[group][0].densities(density, step))
         total = 0.0
-        masks = group.mask_densities(updates[before - 1] if before else group.updated)
         for path, density in masks.items():
             forward, gradient = densities(density)
             total += self._sparse[path] * float(2 * forward + gradient)
