@@ -73,19 +73,19 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
     computations, entry = _parse(text)
 
     @functools.cache
-    def count(name: str) -> tuple[Counter[tuple[str, int]], int]:
-        """(kind, bytes) -> how many such collectives a computation runs; its open loops."""
-        total: Counter[tuple[str, int]] = Counter()
+    def count(name: str) -> tuple[Counter[tuple[str, str]], int]:
+        """What a computation runs, by kind and field of Collective, and its open loops."""
+        total: Counter[tuple[str, str]] = Counter()
         open_loops = 0
         body = computations.get(name, {})
         for x in body.values():
             # of an asynchronous one, the end has the type of its output alone
             kind = x.op.removesuffix("-done")
             if kind in COLLECTIVES:
-                total[kind, _moved(x, body)] += 1
+                total.update({(kind, "count"): 1, (kind, "bytes"): _moved(x, body)})
                 continue
             iterations = _iterations(x, body, computations) if x.op == "while" else 1
-            inside: Counter[tuple[str, int]] = Counter()
+            inside: Counter[tuple[str, str]] = Counter()
             for called, times in _calls(x, iterations):
                 found, open_inside = count(called)
                 inside.update({key: times * n for key, n in found.items()})
@@ -94,14 +94,9 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
             total.update(inside)
         return total, open_loops
 
-    counts, open_loops = count(entry)
-    found = {}
-    for kind in COLLECTIVES:
-        sizes = {size: n for (k, size), n in counts.items() if k == kind}
-        if sizes:
-            moved = sum(size * n for size, n in sizes.items())
-            found[kind] = Collective(sum(sizes.values()), moved)
-    return found, open_loops
+    total, open_loops = count(entry)
+    kinds = [kind for kind in COLLECTIVES if (kind, "count") in total]
+    return {k: Collective(total[k, "count"], total[k, "bytes"]) for k in kinds}, open_loops
 
 
 class _Instruction(NamedTuple):
