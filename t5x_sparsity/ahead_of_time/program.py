@@ -23,8 +23,8 @@ _COPIES = ("copy", "bitcast", "copy-start", "copy-done")
 class Collective:
     """All the collectives of one kind in one run of a program, on one device."""
 
-    count: int  # those in a loop once per iteration
-    bytes: int  # of the larger of input and output, summed over them
+    count: int  #: those in a loop once per iteration
+    bytes: int  #: of the larger of input and output, summed over them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,14 @@ class CompiledStep:
     """What one run of a compiled program takes, on each device."""
 
     argument_bytes: int
-    output_bytes: int  # donated ones included
-    alias_bytes: int  # of the outputs that replace donated inputs
-    temp_bytes: int  # of what lives only while it runs
+    output_bytes: int  #: donated ones included
+    alias_bytes: int  #: of the outputs that replace donated inputs
+    temp_bytes: int  #: of what lives only while it runs
     code_bytes: int
-    peak_bytes: int  # inputs, outputs, temporaries and code, what is donated counted once
-    flops: float  # as XLA counts them, the body of a loop once
-    collectives: Mapping[str, Collective]  # by kind, for the kinds there are
-    open_loops: int  # with collectives, but an unknown number of iterations; counted once
+    peak_bytes: int  #: inputs, outputs, temporaries and code, what is donated counted once
+    flops: float  #: as XLA counts them, the body of a loop once
+    collectives: Mapping[str, Collective]  #: by kind, for the kinds there are
+    open_loops: int  #: with collectives, but an unknown number of iterations; counted once
 
 
 def describe(compiled: Any) -> CompiledStep:

@@ -33,10 +33,10 @@ class TopologyError(ValueError):
 class Slice:
     """A TPU slice, as libtpu describes it."""
 
-    name: str  # by which it was asked for
-    devices: tuple[Any, ...]  # all of them; a process has `local_devices` of them
-    hbm_bytes: int | None  # of a device, usable by a program; None where libtpu doesn't say
-    one_process: bool = False  # whether one process has all devices, as on the embedded host
+    name: str  #: by which it was asked for
+    devices: tuple[Any, ...]  #: all of them; a process has `local_devices` of them
+    hbm_bytes: int | None  #: of a device, usable by a program; None where libtpu doesn't say
+    one_process: bool = False  #: whether one process has all devices, as on the embedded host
 
     @property
     def kind(self) -> str:
@@ -51,10 +51,10 @@ class Slice:
 class Compilation:
     """The result of compiling one step."""
 
-    compile_seconds: float  # tracing included
-    needed_bytes: int | None  # of a chip; None where libtpu refused it without a number
-    available_bytes: int | None  # of a chip; None where libtpu doesn't say
-    per_chip: CompiledStep | None  # what it takes; None where it was refused for memory
+    compile_seconds: float  #: tracing included
+    needed_bytes: int | None  #: of a chip; None where libtpu refused it without a number
+    available_bytes: int | None  #: of a chip; None where libtpu doesn't say
+    per_chip: CompiledStep | None  #: what it takes; None where it was refused for memory
 
     @property
     def fits(self) -> bool:

@@ -35,10 +35,10 @@ _PNG = b"\x89PNG\r\n"
 
 
 class Series(NamedTuple):
-    """A scalar over the run, in the order of its steps."""
+    """A scalar over the run: int64 steps [n], ascending, none twice, and float64 values [n]."""
 
-    steps: np.ndarray  # int64 of shape [n], ascending, no step twice
-    values: np.ndarray  # float64 of shape [n]; may be NaN or infinite
+    steps: np.ndarray
+    values: np.ndarray  # may be NaN or infinite
 
     @property
     def last(self) -> float:
@@ -56,11 +56,11 @@ class Image(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Counts of values by buckets."""
+    """Counts of values by buckets: float64 edges [n + 1], ascending, and float64 counts [n]."""
 
     step: int
-    edges: np.ndarray  # float64 of shape [n + 1], ascending
-    counts: np.ndarray  # float64 of shape [n]
+    edges: np.ndarray
+    counts: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +68,15 @@ class Run:
     """What a run wrote to its folder."""
 
     folder: str
-    train: Mapping[str, Series]  # of training, by tag
-    evals: Mapping[str, Mapping[str, Series]]  # task -> tag -> series, sorted by task
-    masks: Mapping[str, Sequence[Image]]  # of a weight's mask by its path, in the order of steps
-    fan_in: Mapping[str, Sequence[Histogram]]  # of the weights kept per output neuron, likewise
-    record: Mapping[str, Mapping[str, Any]]  # `sparsity.json`; empty for a dense run
-    config: str | None  # `config.gin`, None where there is none
-    bindings: Mapping[str, str]  # name -> value as text, of `config`; macros by their bare name
-    weights: int | None  # of the model, from `model-info.txt`; None where unknown
-    remarks: Sequence[str]  # one sentence per file or value that could not be read in full
+    train: Mapping[str, Series]  #: of training, by tag
+    evals: Mapping[str, Mapping[str, Series]]  #: task -> tag -> series, sorted by task
+    masks: Mapping[str, Sequence[Image]]  #: of a weight's mask by its path, in the order of steps
+    fan_in: Mapping[str, Sequence[Histogram]]  #: of the weights kept per output neuron, likewise
+    record: Mapping[str, Mapping[str, Any]]  #: `sparsity.json`; empty for a dense run
+    config: str | None  #: `config.gin`, None where there is none
+    bindings: Mapping[str, str]  #: name -> value as text, of `config`; macros by their bare name
+    weights: int | None  #: of the model, from `model-info.txt`; None where unknown
+    remarks: Sequence[str]  #: one sentence per file or value that could not be read in full
 
     def group(self, prefix: str) -> dict[str, Series]:
         """Series of training below a prefix such as 'sparsity', by the rest of their names."""

@@ -39,12 +39,16 @@ def flops_per_token(plan: Plan, densities: Mapping[str, float], step: int) -> tu
 
 
 class RunFlops(NamedTuple):
-    """FLOPs of a run's matrix products if zeros were skipped, with dense weights and attention."""
+    """FLOPs of a run's matrix products if zeros were skipped, with dense weights and attention.
 
-    dense_forward: float  # of one forward pass of the dense model over a batch
-    forward: float  # of one forward pass over a batch with the last masks
-    dense_training: float  # of all train steps of a dense run
-    training: float  # of all train steps of this one
+    Of a forward pass over a batch, here with the last masks, and of all train steps; the dense
+    ones are those of the same run without masks.
+    """
+
+    dense_forward: float
+    forward: float
+    dense_training: float
+    training: float
 
 
 class FlopsSoFar:

@@ -42,10 +42,13 @@ Tag = Mapping[str, float] | str | None
 
 
 class Products(NamedTuple):
-    """FLOPs of the matrix products of one call, two per multiply-add."""
+    """FLOPs of the matrix products of one call, two per multiply-add.
 
-    of_weights: dict[str, float]  # of the products with a weight, by path
-    others: float  # of the products between activations, such as attention's
+    By path of the products with each weight, and of those between activations, as in attention.
+    """
+
+    of_weights: dict[str, float]
+    others: float
 
     @property
     def total(self) -> float:
