@@ -122,16 +122,16 @@ def measure(state, events: Path, steps: int) -> dict[str, float]:
         return {"inference": 1.0, "training": 1.0, "sparsity": 0.0, "extra": 0.0}
     logged = {p: scalars(events, f"sparsity/{p}") for p in plan}
     times = sorted(next(iter(logged.values())))
-    dense = flops.dense_forward_flops(plan) + other
+    sizes = sum(layer.size for layer in plan.values())
+    dense = 2.0 * sizes + other
     spent, since = 0.0, 0
     for at in times:  # what is logged at a step holds for the steps that led to it
         densities = {p: 1 - logged[p][at] for p in plan}
         for step in range(since, at):
-            spent += flops.train_step_flops(plan, densities, step) + 3 * other
+            spent += flops.flops_per_token(plan, densities, step)[1] + 3 * other
         since = at
     assert since == steps, (since, steps)
-    final = flops.forward_flops(plan, densities, steps) + other
-    sizes = sum(layer.size for layer in plan.values())
+    final = flops.flops_per_token(plan, densities, steps)[0] + other
     slots = optimizer.state.sparsity.slots
     extra = sum(x.nbytes for arrays in slots.values() for x in arrays.values())
     return {

@@ -134,13 +134,17 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
                     "step": name,
                     "weights": workload.weights_of(trainer),
                     "mask_bytes": workload.mask_bytes(trainer),
-                    "compile_seconds": made.seconds,
+                    "compile_seconds": made.compile_seconds,
                     "needed_bytes": made.needed_bytes,
                     "available_bytes": made.available_bytes,
-                    **({} if made.step is None else commandline.described(made.step)),
+                    **({} if made.per_chip is None else commandline.described(made.per_chip)),
                 }
             )
-            print(f"{size}, {name}: compiled in {made.seconds:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{size}, {name}: compiled in {made.compile_seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         trainer.close()
     return found
 

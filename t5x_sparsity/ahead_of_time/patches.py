@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -40,25 +41,22 @@ def replaced(module: ModuleType, package: str, **values: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
-@contextlib.contextmanager
-def jax_devices(devices: Sequence[Any], local: Sequence[Any]) -> Iterator[None]:
+def jax_devices(devices: Sequence[Any], local: Sequence[Any]) -> AbstractContextManager[None]:
     """Has JAX name these devices to those who ask.
 
     Partitioners make their meshes of `jax.devices()`, and take no devices of another slice.
     """
-    with replaced(
+    return replaced(
         jax,
         "jax",
         devices=lambda backend=None: list(devices),
         local_devices=lambda *args, **kwargs: list(local),
         device_count=lambda backend=None: len(devices),
         local_device_count=lambda backend=None: len(local),
-    ):
-        yield
+    )
 
 
-@contextlib.contextmanager
-def gin_missing_imports(found: list[str]) -> Iterator[None]:
+def gin_missing_imports(found: list[str]) -> AbstractContextManager[None]:
     """Appends to `found` the modules that gin files import and that aren't installed.
 
     gin skips them where unknown names may be skipped, and only prints that it did.
@@ -68,20 +66,15 @@ def gin_missing_imports(found: list[str]) -> Iterator[None]:
     def note(statement, error):
         found.append(statement.module)
 
-    with replaced(gin.config, "gin-config", _print_unknown_import_message=note):
-        yield
+    return replaced(gin.config, "gin-config", _print_unknown_import_message=note)
 
 
-@contextlib.contextmanager
-def gin_search_paths() -> Iterator[None]:
-    """Puts back the folders that gin searches for files.
-
-    gin can add to them, and has no way to take one out.
-    """
+def gin_search_paths() -> AbstractContextManager[None]:
+    """Puts back the folders that gin searches for files: it can add to them, not take one out."""
     import gin
 
-    with replaced(gin.config, "gin-config", _LOCATION_PREFIXES=list(gin.config._LOCATION_PREFIXES)):
-        yield
+    folders = list(gin.config._LOCATION_PREFIXES)
+    return replaced(gin.config, "gin-config", _LOCATION_PREFIXES=folders)
 
 
 @contextlib.contextmanager

@@ -7,51 +7,39 @@ are compiled ahead of time for devices that are not here. Knows nothing of spars
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions that hand on what they are given.
+_COPIES = ("copy", "bitcast", "copy-start", "copy-done")
 
 
-class Collective(NamedTuple):
-    """All the collectives of one kind in one run of a program.
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All the collectives of one kind in one run of a program, on one device."""
 
-    Attributes:
-      count: how many one device takes part in, those in a loop once per iteration.
-      bytes: of the larger of input and output on one device, summed over them.
-    """
-
-    count: int
-    bytes: int
+    count: int  #: those in a loop once per iteration
+    bytes: int  #: of the larger of input and output, summed over them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What one run of a compiled program takes, on each device.
-
-    Attributes:
-      argument_bytes: of all inputs.
-      output_bytes: of all outputs, donated ones included.
-      alias_bytes: of the outputs that replace donated inputs.
-      temp_bytes: of what lives only while it runs.
-      code_bytes: of the program itself.
-      peak_bytes: inputs, outputs, temporaries and code together, what is donated counted once.
-      flops: as XLA counts them, the body of a loop once.
-      collectives: kind -> `Collective`, for the kinds there are.
-      open_loops: loops with collectives whose number of iterations is unknown; counted once.
-    """
+    """What one run of a compiled program takes, on each device."""
 
     argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
-    temp_bytes: int
+    output_bytes: int  #: donated ones included
+    alias_bytes: int  #: of the outputs that replace donated inputs
+    temp_bytes: int  #: of what lives only while it runs
     code_bytes: int
-    peak_bytes: int
-    flops: float
-    collectives: Mapping[str, Collective]
-    open_loops: int = 0
+    peak_bytes: int  #: inputs, outputs, temporaries and code, what is donated counted once
+    flops: float  #: as XLA counts them, the body of a loop once
+    collectives: Mapping[str, Collective]  #: by kind, for the kinds there are
+    open_loops: int  #: with collectives, but an unknown number of iterations; counted once
 
 
 def describe(compiled: Any) -> CompiledStep:
@@ -83,43 +71,32 @@ def collectives(text: str) -> tuple[dict[str, Collective], int]:
     text: of a compiled module. Every branch of a conditional counts.
     """
     computations, entry = _parse(text)
-    memo: dict[str, tuple[dict[str, Collective], int]] = {}
 
-    def count(name: str) -> tuple[dict[str, Collective], int]:
-        if name in memo:
-            return memo[name]
-        total: dict[str, Collective] = {}
-        unknown = 0
+    @functools.cache
+    def count(name: str) -> tuple[Counter[tuple[str, str]], int]:
+        """What a computation runs, by kind and field of Collective, and its open loops."""
+        total: Counter[tuple[str, str]] = Counter()
+        open_loops = 0
         body = computations.get(name, {})
-
-        def add(found: Mapping[str, Collective], times: int) -> None:
-            for kind, (n, size) in found.items():
-                before = total.get(kind, Collective(0, 0))
-                total[kind] = Collective(before.count + times * n, before.bytes + times * size)
-
         for x in body.values():
-            kind = x.op.removesuffix("-start")
+            # of an asynchronous one, the end has the type of its output alone
+            kind = x.op.removesuffix("-done")
             if kind in COLLECTIVES:
-                add({kind: Collective(1, _moved(x, body))}, 1)
-            elif x.op == "while":
-                inner, unknown_inside = count(_attribute(x, "body"))
-                test, unknown_in_test = count(_attribute(x, "condition"))
-                iterations = _iterations(x, body, computations)
-                unknown += (
-                    unknown_inside + unknown_in_test + (iterations is None and bool(inner | test))
-                )
-                add(inner, 1 if iterations is None else iterations)
-                add(test, 1 if iterations is None else iterations + 1)
-            elif x.op not in ("async-update", "async-done"):  # they name what async-start calls
-                for called in _called(x):
-                    found, unknown_inside = count(called)
-                    unknown += unknown_inside
-                    add(found, 1)
-        memo[name] = total, unknown
-        return memo[name]
+                total.update({(kind, "count"): 1, (kind, "bytes"): _moved(x, body)})
+                continue
+            iterations = _iterations(x, body, computations) if x.op == "while" else 1
+            inside: Counter[tuple[str, str]] = Counter()
+            for called, times in _calls(x, iterations):
+                found, open_inside = count(called)
+                inside.update({key: times * n for key, n in found.items()})
+                open_loops += open_inside
+            open_loops += iterations is None and bool(inside)
+            total.update(inside)
+        return total, open_loops
 
-    found, unknown = count(entry)
-    return {kind: found[kind] for kind in COLLECTIVES if kind in found}, unknown
+    total, open_loops = count(entry)
+    kinds = [kind for kind in COLLECTIVES if (kind, "count") in total]
+    return {k: Collective(total[k, "count"], total[k, "bytes"]) for k in kinds}, open_loops
 
 
 class _Instruction(NamedTuple):
@@ -130,42 +107,32 @@ class _Instruction(NamedTuple):
     attributes: str
 
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = ")
-_OPERATION = re.compile(r"\s*([\w-]+)\(")
+# {name: instruction}, in order: the last is the result
+_Computation = Mapping[str, _Instruction]
+
+_HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\(")
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """The computations of a module, each {name: instruction}, and the entry's name."""
-    computations: dict[str, dict[str, _Instruction]] = {}
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    """The computations of a module, and the entry's name."""
+    computations: dict[str, _Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
+        if match := _HEAD.match(line):
             current = computations[match[2]] = {}
             entry = match[2] if match[1] else entry
         elif match := _INSTRUCTION.match(line):
-            end = _type_end(line, match.end())
-            operation = _OPERATION.match(line, end)
-            if operation is None:
-                continue
-            close = _closing(line, operation.end() - 1)
-            literal = line[operation.end() : close]
+            close = _closing(line, match.end() - 1)
+            literal = line[match.end() : close]
             current[match[1]] = _Instruction(
-                type=line[match.end() : end],
-                op=operation[1],
+                type=match[2],
+                op=match[3],
                 operands=tuple(re.findall(r"%([^\s,()]+)", literal)),
                 literal=literal,
                 attributes=line[close + 1 :],
             )
     return computations, entry
-
-
-def _type_end(line: str, start: int) -> int:
-    """Where a type ends: a tuple's at its parenthesis, another's at the next blank."""
-    if line[start : start + 1] == "(":
-        return _closing(line, start) + 1
-    end = line.find(" ", start)
-    return len(line) if end < 0 else end
 
 
 def _closing(line: str, start: int) -> int:
@@ -183,34 +150,28 @@ def _attribute(x: _Instruction, name: str) -> str:
     return match[1] if match else ""
 
 
-def _called(x: _Instruction) -> list[str]:
-    """Names of the computations that an instruction calls, loops aside."""
+def _calls(x: _Instruction, iterations: int | None) -> list[tuple[str, int]]:
+    """The computations that an instruction calls, and how often: once, but for loops."""
+    if x.op == "while":
+        body, condition = _attribute(x, "body"), _attribute(x, "condition")
+        known = iterations is not None
+        return [(body, iterations if known else 1), (condition, iterations + 1 if known else 1)]
+    if x.op in ("async-update", "async-done"):  # they name what async-start calls
+        return []
     names = [
         _attribute(x, n) for n in ("calls", "to_apply", "true_computation", "false_computation")
     ]
     if match := re.search(r"\bbranch_computations=\{([^}]*)\}", x.attributes):
         names += [n.strip().lstrip("%") for n in match[1].split(",")]
-    return [n for n in names if n]
+    return [(n, 1) for n in names if n]
 
 
-def _moved(x: _Instruction, body: Mapping[str, _Instruction]) -> int:
+def _moved(x: _Instruction, body: _Computation) -> int:
     """Bytes of a collective's inputs or outputs, the larger of the two."""
-    if x.op.endswith("-start") and not x.op.startswith("all-reduce"):
-        # (inputs, outputs, ...)
-        return max((_bytes(part) for part in _parts(x.type)[:2]), default=0)
-    inputs = sum(_bytes(body[name].type) for name in x.operands if name in body)
+    inputs = 0
+    if not x.op.endswith("-done"):
+        inputs = sum(_bytes(body[name].type) for name in x.operands if name in body)
     return max(inputs, _bytes(x.type))
-
-
-def _parts(type_: str) -> list[str]:
-    """The types that a tuple's type lists."""
-    parts, depth, last = [], 0, 1
-    for i, c in enumerate(type_):
-        depth += (c in "({[") - (c in ")}]")
-        if (c == "," and depth == 1) or (c == ")" and depth == 0):
-            parts.append(type_[last:i])
-            last = i + 1
-    return parts
 
 
 def _bytes(type_: str) -> int:
@@ -223,9 +184,7 @@ def _bytes(type_: str) -> int:
 
 
 def _iterations(
-    x: _Instruction,
-    body: Mapping[str, _Instruction],
-    computations: Mapping[str, Mapping[str, _Instruction]],
+    x: _Instruction, body: _Computation, computations: Mapping[str, _Computation]
 ) -> int | None:
     """The iterations of a while loop: as XLA notes them, or from a condition `i < constant`."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', x.attributes):
@@ -234,45 +193,47 @@ def _iterations(
     root = next(reversed(condition.values()), None)
     if root is None or root.op != "compare" or "direction=LT" not in root.attributes:
         return None
-    counter = condition.get(root.operands[0])
-    if counter is None or counter.op != "get-tuple-element":
+    index = _state_index(root.operands[0], condition)
+    state = body.get(x.operands[0])
+    if index is None or state is None or state.op != "tuple":
         return None
-    index = int(_attribute(counter, "index"))
-    end = _constant(root.operands[1], condition)
-    start = None
-    loop_state = body.get(x.operands[0])
-    if loop_state is not None and loop_state.op == "tuple":
-        start = _constant(loop_state.operands[index], body)
+    start, end = _constant(state.operands[index], body), _constant(root.operands[1], condition)
+    if end is None or start is None:
+        return None
     following = computations.get(_attribute(x, "body"), {})
-    if end is None or start is None or not _adds_one(index, following):
-        return None
-    return max(end - start, 0)
+    return max(end - start, 0) if _adds_one(index, following) else None
 
 
-def _constant(name: str, body: Mapping[str, _Instruction]) -> int | None:
-    """The integer that an instruction is, seen through copies."""
-    while (x := body.get(name)) is not None:
-        if x.op == "constant":
-            return int(x.literal) if re.fullmatch(r"-?\d+", x.literal) else None
-        if x.op not in ("copy", "bitcast", "copy-start", "copy-done"):
-            return None
-        name = x.operands[0]
-    return None
+def _source(name: str, body: _Computation) -> _Instruction | None:
+    """The instruction that a value comes from, seen through copies."""
+    x = body.get(name)
+    while x is not None and x.op in _COPIES:
+        x = body.get(x.operands[0])
+    return x
 
 
-def _adds_one(index: int, body: Mapping[str, _Instruction]) -> bool:
+def _constant(name: str, body: _Computation) -> int | None:
+    """The integer that a value is."""
+    x = _source(name, body)
+    is_integer = x is not None and x.op == "constant" and re.fullmatch(r"-?\d+", x.literal)
+    return int(x.literal) if is_integer else None
+
+
+def _state_index(name: str, body: _Computation) -> int | None:
+    """Which part of a loop's state an instruction takes."""
+    x = body.get(name)
+    is_part = x is not None and x.op == "get-tuple-element"
+    return int(_attribute(x, "index")) if is_part else None
+
+
+def _adds_one(index: int, body: _Computation) -> bool:
     """Whether a loop's body adds 1 to this part of its state."""
     root = next(reversed(body.values()), None)
     if root is None or root.op != "tuple" or index >= len(root.operands):
         return False
-    step = body.get(root.operands[index])
-    while step is not None and step.op in ("copy", "bitcast"):
-        step = body.get(step.operands[0])
+    step = _source(root.operands[index], body)
     if step is None or step.op != "add":
         return False
-    for a, b in (step.operands, reversed(step.operands)):
-        counter = body.get(a)
-        is_element = counter is not None and counter.op == "get-tuple-element"
-        if is_element and _constant(b, body) == 1:
-            return int(_attribute(counter, "index")) == index
-    return False
+    a, b = step.operands
+    pairs = ((a, b), (b, a))
+    return any(_state_index(x, body) == index and _constant(y, body) == 1 for x, y in pairs)

@@ -17,11 +17,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_sparsity.ahead_of_time.environment import TPU_ENVIRONMENT
+from t5x_sparsity.ahead_of_time import TPU_ENVIRONMENT
 from t5x_sparsity.ahead_of_time.patches import jax_devices
 from t5x_sparsity.ahead_of_time.program import CompiledStep, describe
+from t5x_sparsity.core.names import one_line
 
-_KINDS = "v4:2x2x2, v5e:4x4, v5p:2x2x2 or v6e:4x4"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -31,19 +31,12 @@ class TopologyError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A TPU slice, as libtpu describes it.
+    """A TPU slice, as libtpu describes it."""
 
-    Attributes:
-      name: by which it was asked for.
-      devices: all of them; a process has `local_devices` of them.
-      hbm_bytes: memory of a device that a program can use; None where libtpu doesn't say.
-      one_process: whether one process has all devices, as on the embedded host.
-    """
-
-    name: str
-    devices: tuple[Any, ...]
-    hbm_bytes: int | None
-    one_process: bool = False
+    name: str  #: by which it was asked for
+    devices: tuple[Any, ...]  #: all of them; a process has `local_devices` of them
+    hbm_bytes: int | None  #: of a device, usable by a program; None where libtpu doesn't say
+    one_process: bool = False  #: whether one process has all devices, as on the embedded host
 
     @property
     def kind(self) -> str:
@@ -56,23 +49,16 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """The result of compiling one step.
+    """The result of compiling one step."""
 
-    Attributes:
-      seconds: that tracing and compiling took.
-      step: what it takes; None where it was refused for memory.
-      needed_bytes: of a device's memory; None where libtpu refused it without a number.
-      available_bytes: of a device's memory; None where libtpu doesn't say.
-    """
-
-    seconds: float
-    step: CompiledStep | None
-    needed_bytes: int | None
-    available_bytes: int | None
+    compile_seconds: float  #: tracing included
+    needed_bytes: int | None  #: of a chip; None where libtpu refused it without a number
+    available_bytes: int | None  #: of a chip; None where libtpu doesn't say
+    per_chip: CompiledStep | None  #: what it takes; None where it was refused for memory
 
     @property
     def fits(self) -> bool:
-        return self.step is not None
+        return self.per_chip is not None
 
 
 def get_slice(name: str, *, one_process: bool = False) -> Slice:
@@ -91,26 +77,18 @@ def get_slice(name: str, *, one_process: bool = False) -> Slice:
     # as JAX has it on v4: a chip is one device
     options = {"chip_config_name": "megacore"} if name.lower().startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **options
-        ).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as e:
         raise TopologyError(
-            f"libtpu knows no TPU slice {name!r} ({' '.join(str(e).split())}); give one such as "
-            f"{_KINDS}"
+            f"libtpu knows no TPU slice {name!r} ({one_line(e)}); give one such as v4:2x2x2, "
+            "v5e:4x4, v5p:2x2x2 or v6e:4x4"
         ) from e
-    return Slice(name, tuple(devices), _usable_bytes(devices[0]), one_process)
-
-
-def _usable_bytes(device: Any) -> int | None:
-    """Usable device memory, which libtpu names when it refuses a program that needs more."""
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    devices = Slice(name, tuple(found.devices), None, one_process)
+    # libtpu names the memory of a device when it refuses a program that needs more
+    sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("x",)), PartitionSpec())
     far_too_large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=sharding)
-    try:
-        jax.jit(lambda x: x + 1).lower(far_too_large).compile()
-    except Exception as e:
-        return refusal(str(e))[1]
-    return None
+    refused = compile_step(jax.jit(lambda x: x + 1), devices, far_too_large)
+    return dataclasses.replace(devices, hbm_bytes=refused.available_bytes)
 
 
 def refusal(message: str) -> tuple[int | None, int | None]:
@@ -145,7 +123,7 @@ def use_slice(partitioner: Any, devices: Slice) -> Mesh:
         with on_slice(devices):
             mesh = partitioner.mesh
     except (AssertionError, ValueError) as e:
-        said = " ".join(str(e).split()).rstrip(".") or "its parts don't divide the slice"
+        said = one_line(e).rstrip(".") or "its parts don't divide the slice"
         raise TopologyError(
             f"the partitioner makes no mesh of the {len(devices.devices)} chips of "
             f"{devices.name}: {said}{_remedy(partitioner, devices)}"
@@ -175,10 +153,11 @@ def _submesh(ways: int, bounds: Sequence[int]) -> tuple[int, ...] | None:
     """A tile of `ways` chips that divides the slice."""
     if not bounds:
         return () if ways == 1 else None
-    for n in sorted((n for n in range(1, bounds[0] + 1) if bounds[0] % n == 0), reverse=True):
-        rest = _submesh(ways // n, bounds[1:]) if ways % n == 0 else None
-        if rest is not None:
-            return (n, *rest)
+    for n in range(bounds[0], 0, -1):
+        if bounds[0] % n == ways % n == 0:
+            rest = _submesh(ways // n, bounds[1:])
+            if rest is not None:
+                return (n, *rest)
     return None
 
 
@@ -188,14 +167,11 @@ def placed(shapes: Any, axes: Any, mesh: Mesh) -> Any:
     def is_axes(x):
         return x is None or isinstance(x, PartitionSpec)
 
-    specs = {
-        jax.tree_util.keystr(k): spec
-        for k, spec in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
-    }
+    specs = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes))
 
     def place(keys, x):
-        spec = specs.get(jax.tree_util.keystr(keys)) or PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, specs.get(keys) or PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
@@ -203,7 +179,7 @@ def placed(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 def compile_step(step: Any, devices: Slice, *arguments: Any) -> Compilation:
     """Compiles what has `lower`, for abstract arguments that are placed on the slice."""
     begun = time.monotonic()
-    needed, available, found = None, devices.hbm_bytes, None
+    found, available = None, devices.hbm_bytes
     try:
         with on_slice(devices):
             lowered = step.lower(*arguments)
@@ -215,8 +191,8 @@ def compile_step(step: Any, devices: Slice, *arguments: Any) -> Compilation:
         needed, said = refusal(str(e))
         available = said or available
     return Compilation(
-        seconds=time.monotonic() - begun,
-        step=found,
+        compile_seconds=time.monotonic() - begun,
         needed_bytes=needed,
         available_bytes=available,
+        per_chip=found,
     )

@@ -6,11 +6,13 @@ TensorFlow isn't imported: that would take longer than the reading.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,15 +35,10 @@ _PNG = b"\x89PNG\r\n"
 
 
 class Series(NamedTuple):
-    """A scalar over the run, in the order of its steps.
-
-    Attributes:
-      steps: int64 of shape [n], ascending, no step twice.
-      values: float64 of shape [n]; may be NaN or infinite.
-    """
+    """A scalar over the run: int64 steps [n], ascending, none twice, and float64 values [n]."""
 
     steps: np.ndarray
-    values: np.ndarray
+    values: np.ndarray  # may be NaN or infinite
 
     @property
     def last(self) -> float:
@@ -50,14 +47,7 @@ class Series(NamedTuple):
 
 
 class Image(NamedTuple):
-    """A PNG as it was written.
-
-    Attributes:
-      step: of the run.
-      width: in pixels.
-      height: in pixels.
-      png: the file's bytes.
-    """
+    """A PNG as it was written; its size is in pixels."""
 
     step: int
     width: int
@@ -66,13 +56,7 @@ class Image(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Counts of values by buckets.
-
-    Attributes:
-      step: of the run.
-      edges: float64 of shape [n + 1], ascending.
-      counts: float64 of shape [n].
-    """
+    """Counts of values by buckets: float64 edges [n + 1], ascending, and float64 counts [n]."""
 
     step: int
     edges: np.ndarray
@@ -81,31 +65,18 @@ class Histogram(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run wrote to its folder.
-
-    Attributes:
-      folder: of the run.
-      train: tag -> series, of training.
-      evals: task -> tag -> series, of evaluations that train, tasks in the order of their names.
-      masks: path of a weight -> images of its mask by step.
-      fan_in: path of a weight -> histograms of the weights kept per output neuron, by step.
-      record: `sparsity.json`: path of a weight -> what was planned for it; empty for a dense run.
-      config: `config.gin` as text, None where there is none.
-      bindings: name -> value as text, of `config`; macros by their bare name.
-      weights: of the model, from `model-info.txt`; None where unknown.
-      remarks: one sentence per file or value that could not be read in full.
-    """
+    """What a run wrote to its folder."""
 
     folder: str
-    train: Mapping[str, Series]
-    evals: Mapping[str, Mapping[str, Series]]
-    masks: Mapping[str, Sequence[Image]]
-    fan_in: Mapping[str, Sequence[Histogram]]
-    record: Mapping[str, Mapping[str, Any]]
-    config: str | None
-    bindings: Mapping[str, str]
-    weights: int | None
-    remarks: Sequence[str]
+    train: Mapping[str, Series]  #: of training, by tag
+    evals: Mapping[str, Mapping[str, Series]]  #: task -> tag -> series, sorted by task
+    masks: Mapping[str, Sequence[Image]]  #: of a weight's mask by its path, in the order of steps
+    fan_in: Mapping[str, Sequence[Histogram]]  #: of the weights kept per output neuron, likewise
+    record: Mapping[str, Mapping[str, Any]]  #: `sparsity.json`; empty for a dense run
+    config: str | None  #: `config.gin`, None where there is none
+    bindings: Mapping[str, str]  #: name -> value as text, of `config`; macros by their bare name
+    weights: int | None  #: of the model, from `model-info.txt`; None where unknown
+    remarks: Sequence[str]  #: one sentence per file or value that could not be read in full
 
     def group(self, prefix: str) -> dict[str, Series]:
         """Series of training below a prefix such as 'sparsity', by the rest of their names."""
@@ -139,26 +110,31 @@ def read_run(folder: str) -> Run:
     train = _read_events(root / "train", remarks)
     tasks = root / "training_eval"
     evals = {
-        task.name: _series(_read_events(task, remarks))
+        task.name: series
         for task in _entries(tasks, remarks)
-        if task.is_dir()
+        if task.is_dir() and (series := _series(_read_events(task, remarks)))
     }
-    evals = {task: series for task, series in evals.items() if series}
     if not any(train.values()) and not evals:
         if remarks:
             raise ValueError(f"{root} has no events that can be read: {remarks[0]}")
         raise ValueError(_no_events(root))
     config = _text(root / "config.gin")
+    # each host says it in its own words
+    weights = re.search(
+        r"^(?:Weights in all|Total number of parameters): (\d+)",
+        _text(root / "model-info.txt") or "",
+        re.MULTILINE,
+    )
     return Run(
         folder=str(folder),
         train=_series(train),
         evals=evals,
-        masks=_below(train, MASKS, Image),
-        fan_in=_below(train, FAN_IN, Histogram),
+        masks=_by_path(train, Image, MASKS),
+        fan_in=_by_path(train, Histogram, FAN_IN),
         record=_read_record(root / RECORD, remarks),
         config=config,
         bindings=_bindings(config or "", remarks),
-        weights=_weights(_text(root / "model-info.txt") or ""),
+        weights=int(weights[1]) if weights else None,
         remarks=tuple(remarks),
     )
 
@@ -224,30 +200,26 @@ def _events(data: bytes) -> tuple[list[event_pb2.Event], bool]:
     A record is its length (8 bytes), a checksum of that (4), the event, a checksum of that (4).
     """
     events, at = [], 0
-    while at < len(data):
-        header = data[at : at + 12]
-        if len(header) < 12 or struct.unpack("<I", header[8:])[0] != masked_crc32c(header[:8]):
-            return events, False
-        end = at + 12 + struct.unpack("<Q", header[:8])[0]
-        if end + 4 > len(data):
-            return events, False
-        try:
+    with contextlib.suppress(struct.error, DecodeError):
+        while at < len(data):
+            length, checksum = struct.unpack_from("<QI", data, at)
+            end = at + 12 + length
+            if checksum != masked_crc32c(data[at : at + 8]) or end + 4 > len(data):
+                break
             events.append(event_pb2.Event.FromString(data[at + 12 : end]))
-        except DecodeError:
-            return events, False
-        at = end + 4
-    return events, True
+            at = end + 4
+    return events, at == len(data)
 
 
 def _values(events: Sequence[event_pb2.Event], file: str, remarks: list[str]) -> _Found:
     found: _Found = {}
-    damaged: dict[str, int] = {}
+    damaged: Counter[str] = Counter()
     for event in events:
         for value in event.summary.value:
             try:
                 read = _value(value, event.step)
             except Exception:  # what tensorboard raises on any bytes
-                damaged[value.tag] = damaged.get(value.tag, 0) + 1
+                damaged[value.tag] += 1
                 continue
             if read is not None:
                 found.setdefault(value.tag, {})[event.step] = read
@@ -289,25 +261,28 @@ def _histogram(buckets: np.ndarray, step: int) -> Histogram | None:
     return Histogram(step, np.append(buckets[:, 0], buckets[-1, 1]), buckets[:, 2])
 
 
+def _of_kind(found: _Found, kind: type) -> dict[str, dict[int, Any]]:
+    """The values of one type, by tag and step, both in their order."""
+    by_tag = {
+        tag: {step: value for step, value in sorted(values.items()) if isinstance(value, kind)}
+        for tag, values in sorted(found.items())
+    }
+    return {tag: values for tag, values in by_tag.items() if values}
+
+
 def _series(found: _Found) -> dict[str, Series]:
-    series = {}
-    for tag, values in found.items():
-        steps = sorted(s for s, v in values.items() if isinstance(v, float))
-        if steps:
-            series[tag] = Series(
-                np.array(steps, np.int64), np.array([values[s] for s in steps], np.float64)
-            )
-    return series
+    return {
+        tag: Series(np.array(list(values), np.int64), np.array(list(values.values()), np.float64))
+        for tag, values in _of_kind(found, float).items()
+    }
 
 
-def _below(found: _Found, prefix: str, kind: type) -> dict[str, list[Any]]:
-    """Images or histograms by what follows the prefix, in the order of names, then of steps."""
-    rows = {}
-    for tag in sorted(t for t in found if t.startswith(prefix)):
-        values = [found[tag][s] for s in sorted(found[tag]) if isinstance(found[tag][s], kind)]
-        if values:
-            rows[tag.removeprefix(prefix)] = values
-    return rows
+def _by_path(found: _Found, kind: type, prefix: str) -> dict[str, list[Any]]:
+    """Images or histograms, whose tags all have the prefix."""
+    return {
+        tag.removeprefix(prefix): list(values.values())
+        for tag, values in _of_kind(found, kind).items()
+    }
 
 
 # -- the other files ------------------------------------------------------------------------------
@@ -327,26 +302,18 @@ def _read_record(path: epath.Path, remarks: list[str]) -> dict[str, dict[str, An
         return {}
 
 
-def _weights(text: str) -> int | None:
-    """The number of all weights, which each host writes in its own words."""
-    match = re.search(r"^(?:Weights in all|Total number of parameters): (\d+)", text, re.MULTILINE)
-    return int(match[1]) if match else None
-
-
 def _bindings(config: str, remarks: list[str]) -> dict[str, str]:
+    found = {}
     try:
-        return {name: repr(value) for name, value in _statements(config)}
+        for statement in config_parser.ConfigParser(config, AsWritten()):
+            if isinstance(statement, config_parser.BindingStatement):
+                scope = f"{statement.scope}/" if statement.scope else ""
+                name = f".{statement.arg_name}" if statement.arg_name else ""
+                found[f"{scope}{statement.selector}{name}"] = repr(statement.value)
     except (SyntaxError, ValueError):
         remarks.append("config.gin can't be taken apart; it is shown as it is.")
         return {}
-
-
-def _statements(config: str) -> Iterator[tuple[str, Any]]:
-    for statement in config_parser.ConfigParser(config, AsWritten()):
-        if isinstance(statement, config_parser.BindingStatement):
-            scope = f"{statement.scope}/" if statement.scope else ""
-            name = f".{statement.arg_name}" if statement.arg_name else ""
-            yield f"{scope}{statement.selector}{name}", statement.value
+    return found
 
 
 def resolve(bindings: Mapping[str, str], name: str) -> Any:

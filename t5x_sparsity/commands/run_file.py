@@ -30,25 +30,15 @@ _REFERENCES = "t5x_sparsity.sparse_trainer.reference_losses"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The arguments that the configuration gives to `train`, as far as a plan needs them.
-
-    Attributes:
-      model: as configured.
-      partitioner: as configured.
-      trainer_cls: as configured, sparse or not.
-      initializer_cls: as configured.
-      batch: feature -> shape and dtype of a whole batch.
-      total_steps: of the run.
-      missing_imports: modules that the files import and that aren't installed.
-    """
+    """The arguments that the configuration gives to `train`, as far as a plan needs them."""
 
     model: Any
     partitioner: Any
-    trainer_cls: Any
+    trainer_cls: Any  # sparse or not, as the initializer is
     initializer_cls: Any
-    batch: Mapping[str, jax.ShapeDtypeStruct]
+    batch: Mapping[str, jax.ShapeDtypeStruct]  # of a whole batch, by feature
     total_steps: int
-    missing_imports: tuple[str, ...] = ()
+    missing_imports: Sequence[str]  # modules that the files import and that aren't installed
 
     @property
     def batch_size(self) -> int:
@@ -57,17 +47,16 @@ class Run:
     def initializer(self, cls: Any = None) -> Any:
         """The initializer of the train state: the run's own, or one of the class given."""
         cls = cls or self.initializer_cls
-        arguments = dict(
+        is_sparse = isinstance(cls, type) and issubclass(cls, SparseTrainStateInitializer)
+        return cls(
             optimizer_def=self.model.optimizer_def,
             init_fn=self.model.get_initial_variables,
             input_shapes={k: x.shape for k, x in self.batch.items()},
             input_types={k: x.dtype for k, x in self.batch.items()},
             partitioner=self.partitioner,
-        )
-        if isinstance(cls, type) and issubclass(cls, SparseTrainStateInitializer):
             # else it would look for the run's checkpoints
-            arguments |= {"model_dir": None, "checkpoint_cfg": None}
-        return cls(**arguments)
+            **({"model_dir": None, "checkpoint_cfg": None} if is_sparse else {}),
+        )
 
     def trainer(self, initializer: Any, train_state: Any, cls: Any = None) -> Any:
         """A trainer over an abstract train state: the run's own, or one of the class given."""
@@ -124,7 +113,7 @@ def load(
                     initializer_cls=arguments["train_state_initializer_cls"],
                     batch=_batch(arguments["model"], arguments["train_dataset_cfg"]),
                     total_steps=arguments["total_steps"],
-                    missing_imports=tuple(missing),
+                    missing_imports=missing,
                 )
             yield run
         finally:
@@ -213,9 +202,7 @@ def _batch(model: Any, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
         pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
     )
     features = dict(converter.MODEL_FEATURES)
-    ranks = {name: spec.rank for name, spec in features.items()}
-    deep = sorted(name for name, rank in ranks.items() if rank != 1)
-    if deep:
+    if deep := sorted(name for name, spec in features.items() if spec.rank != 1):
         raise CommandError(
             f"the features {deep} have more than one dimension, and only the data says how large "
             "they are; a plan can be made for models of token sequences only"

@@ -8,10 +8,11 @@ what a sparse machine could save.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from t5x_sparsity.core.contract import Plan
 from t5x_sparsity.core.plan import by_algorithm
@@ -24,53 +25,30 @@ _FEW_UPDATES = 5
 _SAMPLES = 512
 
 
-def forward_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
-    """FLOPs per token of one forward pass through the sparse weights at `step`.
+def flops_per_token(plan: Plan, densities: Mapping[str, float], step: int) -> tuple[float, float]:
+    """FLOPs through the sparse weights at `step`: of a forward pass, and of the train step.
 
     densities: path -> share of the weight that its mask keeps, in [0, 1].
     """
-    return sum(
-        2 * layer.size * layer.algorithm.densities(densities[p], step)[0]
-        for p, layer in plan.items()
-    )
-
-
-def train_step_flops(plan: Plan, densities: Mapping[str, float], step: int) -> float:
-    """FLOPs per token of the train step at `step`, of the sparse weights; see `forward_flops`."""
-    total = 0.0
+    forward = training = 0.0
     for path, layer in plan.items():
-        forward, gradient = layer.algorithm.densities(densities[path], step)
-        total += 2 * layer.size * (2 * forward + gradient)
-    return total
-
-
-def dense_forward_flops(plan: Plan) -> float:
-    """FLOPs per token of one forward pass through the same weights if they were dense."""
-    return 2.0 * sum(layer.size for layer in plan.values())
+        used, gradient = layer.algorithm.densities(densities[path], step)
+        forward += 2 * layer.size * used
+        training += 2 * layer.size * (2 * used + gradient)
+    return forward, training
 
 
 class RunFlops(NamedTuple):
     """FLOPs of a run's matrix products if zeros were skipped, with dense weights and attention.
 
-    Attributes:
-      dense_forward: of one forward pass of the dense model over a batch.
-      forward: of one forward pass over a batch with the last masks.
-      dense_training: of all train steps of a dense run.
-      training: of all train steps of this one.
+    Of a forward pass over a batch, here with the last masks, and of all train steps; the dense
+    ones are those of the same run without masks.
     """
 
     dense_forward: float
     forward: float
     dense_training: float
     training: float
-
-
-def run_flops(plan: Plan, products: Products, total_steps: int) -> RunFlops:
-    """FLOPs of a run of `total_steps`, from its schedules; see `Algorithm.mask_densities`.
-
-    products: of the loss of one batch.
-    """
-    return FlopsSoFar(plan, products).advance(total_steps)
 
 
 class FlopsSoFar:
@@ -82,11 +60,11 @@ class FlopsSoFar:
         self._dense = products.total
         self._rest = self._dense - sum(self._sparse.values())
         self._groups = by_algorithm(plan)
-        # of each group, the last update before the next step
-        lasts = [last_update(a.updates, first_step) for a, _ in self._groups]
-        self._updates = [[] if t is None else [t] for t in lasts]
-        # of each group, the densities of its masks after an update
-        self._densities = [{} for _ in self._groups]
+        self._updated = [last_update(a.updates, first_step) for a, _ in self._groups]
+        # of a group after an update, for as many as `advance` asks for at once
+        self._mask_densities = functools.lru_cache(2 * _SAMPLES)(
+            lambda i, updated: self._groups[i][0].mask_densities(self._groups[i][1], updated)
+        )
         self._first = self._step = first_step
         self._spent = 0.0
 
@@ -98,52 +76,40 @@ class FlopsSoFar:
         """
         if step < self._step:
             raise ValueError(f"steps are counted up to {self._step} already, got {step}")
-        self._spent += 3 * self._rest * (step - self._step)
+        new = range(self._step, step)
+        self._spent += 3 * self._rest * len(new)
         forward = self._rest
         for i, (algorithm, _) in enumerate(self._groups):
-            new = [t for t in range(self._step, step) if algorithm.updates.is_update(t)]
-            updates = np.asarray(self._updates[i] + new, np.int64)
-            is_update = np.zeros(step - self._step, bool)
-            is_update[np.asarray(new, np.int64) - self._step] = True
+            updates = [t for t in new if algorithm.updates.is_update(t)]
             # update steps are counted separately: they may need gradients of all weights
-            for steps in (np.flatnonzero(is_update), np.flatnonzero(~is_update)):
+            for steps in (updates, sorted(set(new).difference(updates))):
                 chosen = _evenly(steps)
-                spent = [self._of_step(i, updates, int(t) + self._step) for t in chosen]
+                spent = [self._of_step(i, updates, t) for t in chosen]
                 self._spent += sum(spent) * len(steps) / max(len(chosen), 1)
-            self._updates[i] = updates[-1:].tolist()
-            last = self._updates[i][0] if len(updates) else None
-            for path, density in self._mask_densities(i, last).items():
+            self._updated[i] = updates[-1] if updates else self._updated[i]
+            for path, density in self._mask_densities(i, self._updated[i]).items():
                 forward += self._sparse[path] * algorithm.densities(density, step)[0]
-            self._densities[i] = {last: self._mask_densities(i, last)}  # others are past
         self._step = step
         steps = step - self._first
         return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))
 
-    def _of_step(self, group: int, updates: np.ndarray, step: int) -> float:
+    def _of_step(self, group: int, updates: Sequence[int], step: int) -> float:
         """FLOPs of the train step at `step` through the weights of a group."""
-        before = int(np.searchsorted(updates, step))
-        last = int(updates[before - 1]) if before else None
-        algorithm = self._groups[group][0]
-        total, computed = 0.0, {}
-        for path, density in self._mask_densities(group, last).items():
-            if density not in computed:
-                forward, gradient = algorithm.densities(density, step)
-                computed[density] = float(2 * forward + gradient)
-            total += self._sparse[path] * computed[density]
+        before = bisect.bisect_left(updates, step)
+        masks = self._mask_densities(group, updates[before - 1] if before else self._updated[group])
+        # weights often share a density
+        densities = functools.cache(lambda density: self._groups[group][0].densities(density, step))
+        total = 0.0
+        for path, density in masks.items():
+            forward, gradient = densities(density)
+            total += self._sparse[path] * float(2 * forward + gradient)
         return total
 
-    def _mask_densities(self, group: int, updated: int | None) -> Mapping[str, float]:
-        known = self._densities[group]
-        if updated not in known:
-            algorithm, part = self._groups[group]
-            known[updated] = algorithm.mask_densities(part, updated)
-        return known[updated]
 
-
-def _evenly(steps: np.ndarray) -> np.ndarray:
+def _evenly(steps: Sequence[int]) -> Sequence[int]:
     if len(steps) <= _SAMPLES:
         return steps
-    return steps[((np.arange(_SAMPLES) + 0.5) * len(steps) / _SAMPLES).astype(int)]
+    return [steps[int((i + 0.5) * len(steps) / _SAMPLES)] for i in range(_SAMPLES)]
 
 
 def ramp_warnings(plan: Plan) -> list[str]:
@@ -153,9 +119,8 @@ def ramp_warnings(plan: Plan) -> list[str]:
         updates, path = algorithm.updates, next(iter(part))
         if not isinstance(updates, Periodic):
             continue
-        if updates.end - updates.begin >= _FEW_UPDATES * updates.period:
-            continue
-        steps = [t for t in range(updates.begin, updates.end + 1) if updates.is_update(t)]
+        due = (t for t in range(updates.begin, updates.end + 1) if updates.is_update(t))
+        steps = list(itertools.islice(due, _FEW_UPDATES))
         levels = [1 - algorithm.mask_densities(part, t)[path] for t in steps]
         # levels of other algorithms go up and down by design
         rises = levels == sorted(levels) and levels[0] < levels[-1]

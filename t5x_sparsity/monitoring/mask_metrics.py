@@ -107,16 +107,14 @@ def _rows(paths: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
 
 def flops_scalars(flops: RunFlops) -> dict[str, float]:
     """`flops/...`: of training so far and of a forward pass; sparse, dense and their ratio."""
-    scalars = {
-        "flops/training": flops.training,
-        "flops/training_dense": flops.dense_training,
-        "flops/inference": flops.forward,
-        "flops/inference_dense": flops.dense_forward,
-    }
-    for kind in ("training", "inference"):
-        if scalars[f"flops/{kind}_dense"]:
-            share = scalars[f"flops/{kind}"] / scalars[f"flops/{kind}_dense"]
-            scalars[f"flops/{kind}_share"] = share
+    scalars = {}
+    for kind, sparse, dense in (
+        ("training", flops.training, flops.dense_training),
+        ("inference", flops.forward, flops.dense_forward),
+    ):
+        scalars |= {f"flops/{kind}": sparse, f"flops/{kind}_dense": dense}
+        if dense:
+            scalars[f"flops/{kind}_share"] = sparse / dense
     return scalars
 
 
@@ -136,35 +134,30 @@ def _picture(layer: LayerPlan, stored: jax.Array) -> tuple[jax.Array, jax.Array]
         mask = jax.lax.index_in_dim(mask, 0, axis, keepdims=False)
     n = len(layer.output_axes)
     inputs, outputs = mask.shape[:-n], mask.shape[-n:]
+    rows, row_sizes = _cells(inputs)
+    columns, column_sizes = _cells(outputs)
     # products with ones and zeros, so that each device sums its shard
     letters = "abcdefgh"[: mask.ndim]
     kept = jnp.einsum(
         f"x{letters[:-n]},{letters},y{letters[-n:]}->xy",
-        _cells(inputs),
+        rows,
         mask.astype(jnp.bfloat16),
-        _cells(outputs),
+        columns,
         preferred_element_type=jnp.float32,
     )
-    sizes = np.outer(_cell_sizes(inputs), _cell_sizes(outputs))
+    sizes = np.outer(row_sizes, column_sizes).astype(np.float32)
     fan_in = jnp.sum(mask, axis=tuple(range(len(inputs))), dtype=jnp.int32)
-    return kept / sizes.astype(np.float32), fan_in.reshape(-1).astype(jnp.float32)
+    return kept / sizes, fan_in.reshape(-1).astype(jnp.float32)
 
 
-def _entries_per_cell(shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) // IMAGE_CELLS)
-
-
-def _cell_sizes(shape: Sequence[int]) -> np.ndarray:
-    """The entries of each cell; the last may have fewer than the others."""
-    size, n = math.prod(shape), _entries_per_cell(shape)
-    return np.diff([*range(0, size, n), size])
-
-
-def _cells(shape: Sequence[int]) -> jax.Array:
-    """bfloat16 [cells, *shape]: 1 for the entries of a cell, consecutive in C order."""
-    index = jax.lax.iota(jnp.int32, math.prod(shape)) // _entries_per_cell(shape)
-    cells = jax.lax.iota(jnp.int32, len(_cell_sizes(shape)))
-    return (cells[:, None] == index).astype(jnp.bfloat16).reshape(-1, *shape)
+def _cells(shape: Sequence[int]) -> tuple[jax.Array, np.ndarray]:
+    """bfloat16 [cells, *shape], 1 for a cell's entries, consecutive in C order; their numbers."""
+    size = math.prod(shape)
+    most = -(-size // IMAGE_CELLS)
+    sizes = np.diff([*range(0, size, most), size])
+    index = jax.lax.iota(jnp.int32, size) // most
+    cells = jax.lax.iota(jnp.int32, len(sizes))
+    return (cells[:, None] == index).astype(jnp.bfloat16).reshape(-1, *shape), sizes
 
 
 def pictured(plan: Plan, most: int = 12) -> list[str]:

@@ -8,7 +8,7 @@ known, and once if it is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +44,7 @@ Tag = Mapping[str, float] | str | None
 class Products(NamedTuple):
     """FLOPs of the matrix products of one call, two per multiply-add.
 
-    Attributes:
-      of_weights: path -> FLOPs of the products with that weight; 0 where there are none.
-      others: FLOPs of the products between activations, such as attention's.
+    By path of the products with each weight, and of those between activations, as in attention.
     """
 
     of_weights: dict[str, float]
@@ -64,12 +62,12 @@ def count_products(fn: Callable, weights: Any, *arguments: Any) -> Products:
     """
     closed = jax.make_jaxpr(fn)(weights, *arguments)
     paths = list(flatten(weights))
-    counts = dict.fromkeys(paths, 0.0)
-    counter = _Counter(counts)
+    counter = _Counter([*paths, None])
     tags: list[Tag] = [{path: 1.0} for path in paths]
     tags += [None] * (len(closed.jaxpr.invars) - len(paths))
     counter.walk(closed.jaxpr, tags, 1, closed.consts)
-    return Products(counts, counter.others)
+    others = counter.flops.pop(None)
+    return Products(counter.flops, others)
 
 
 def loss_products(model: Any, train_state: Any, batch: Mapping[str, Any]) -> Products:
@@ -84,15 +82,15 @@ def loss_products(model: Any, train_state: Any, batch: Mapping[str, Any]) -> Pro
 
 
 class _Counter:
-    def __init__(self, counts: dict[str, float]):
-        self.counts = counts
-        self.others = 0.0
+    def __init__(self, paths: Iterable[str | None]):
+        # by the path of the weight; of products without a weight, by None
+        self.flops = dict.fromkeys(paths, 0.0)
 
     def walk(
         self, jaxpr: core.Jaxpr, tags: list[Tag], times: float, consts: Sequence[Any] = ()
     ) -> list[Tag]:
         """Counts `times` runs of the jaxpr; returns the tags of its results."""
-        known = {v: tag for v, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
+        known = dict(zip(jaxpr.invars, tags, strict=True))
         known |= {
             v: _SELECTOR for v, x in zip(jaxpr.constvars, consts, strict=False) if _is_one_hot(x)
         }
@@ -104,7 +102,8 @@ class _Counter:
 
         for eqn in jaxpr.eqns:
             found = self._equation(eqn, [read(v) for v in eqn.invars], times)
-            known |= {v: tag for v, tag in zip(eqn.outvars, found, strict=False) if tag is not None}
+            # what has no tag may be left out at the end
+            known |= zip(eqn.outvars, found, strict=False)
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn, tags: list[Tag], times: float) -> list[Tag]:
@@ -148,11 +147,9 @@ class _Counter:
     def _add(self, tags: list[Tag], flops: float) -> None:
         if _SELECTOR in tags:
             return
-        weight = next((t for t in tags if t), None)
-        if weight is None:
-            self.others += flops
-        for path, share in (weight or {}).items():
-            self.counts[path] += share * flops
+        weight = next((t for t in tags if t), {None: 1.0})
+        for path, share in weight.items():
+            self.flops[path] += share * flops
 
     def _call(self, params: Mapping[str, Any], tags: list[Tag], times: float) -> list[Tag]:
         """Any primitive that calls a function: jit, remat, custom derivatives."""
@@ -165,12 +162,11 @@ class _Counter:
     def _largest(self, branches: list[core.Jaxpr], tags: list[Tag], times: float) -> list[Tag]:
         runs = []
         for branch in branches:
-            counter = _Counter(dict.fromkeys(self.counts, 0.0))
-            runs.append((counter, counter.walk(branch, tags, times)))
-        most, found = max(runs, key=lambda run: sum(run[0].counts.values()) + run[0].others)
-        self.others += most.others
-        for path, flops in most.counts.items():
-            self.counts[path] += flops
+            counter = _Counter(self.flops)
+            runs.append((counter.flops, counter.walk(branch, tags, times)))
+        most, found = max(runs, key=lambda run: sum(run[0].values()))
+        for path, flops in most.items():
+            self.flops[path] += flops
         return found
 
 

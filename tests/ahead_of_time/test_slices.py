@@ -61,11 +61,11 @@ def test_a_step_fits_or_is_refused():
         return aot.compile_step(step, devices, x)
 
     small = compiled(1024)
-    assert small.fits and small.step.argument_bytes == 1024 * 256 // 4 * 4
-    assert small.needed_bytes == small.step.peak_bytes < small.available_bytes
-    assert small.step.collectives["all-reduce"].count == 1
+    assert small.fits and small.per_chip.argument_bytes == 1024 * 256 // 4 * 4
+    assert small.needed_bytes == small.per_chip.peak_bytes < small.available_bytes
+    assert small.per_chip.collectives["all-reduce"].count == 1
     large = compiled(2**26)
-    assert not large.fits and large.step is None
+    assert not large.fits and large.per_chip is None
     assert large.needed_bytes > large.available_bytes == devices.hbm_bytes
 
 

@@ -1,5 +1,6 @@
 """The page of `t5x-sparsity report`: what it says, what it draws, and the command around it."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -15,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t5x_sparsity import cli
-from t5x_sparsity.artifacts.events import Histogram, Image, Run, Series, read_run
+from t5x_sparsity.artifacts.events import Histogram, Image, Series, read_run
 from t5x_sparsity.commands import text
 from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.report import command as report_command
 from t5x_sparsity.commands.report import figures as report_figures
 from t5x_sparsity.commands.report import names as report_names
-from t5x_sparsity.commands.report import parts as report_parts
+from t5x_sparsity.commands.report import page as report_page
 from t5x_sparsity.commands.report.page import make_page
 from t5x_sparsity.commands.report.run import ReportRun, smoothed, window
 
@@ -49,11 +50,13 @@ def made(name="run", index=0, **changes):
         "folder": "/runs/a", "train": {"loss": series([2.0, 1.0])}, "evals": {}, "masks": {},
         "fan_in": {}, "record": {}, "config": None, "bindings": {}, "weights": None, "remarks": (),
     }  # fmt: skip
-    return ReportRun(name=name, index=index, run=Run(**(nothing | changes)))
+    return ReportRun(name=name, index=index, **(nothing | changes))
 
 
 def read(folders, *names):
-    return [ReportRun(name=n, index=i, run=read_run(str(folders / n))) for i, n in enumerate(names)]
+    return [
+        ReportRun(**vars(read_run(str(folders / n))), name=n, index=i) for i, n in enumerate(names)
+    ]
 
 
 class Page(html.parser.HTMLParser):
@@ -232,7 +235,7 @@ def test_bars_are_as_long_as_layers_are_sparse():
             "sparsity_target/total": series([0.5, 0.7]),
         }
     )
-    page = Page(report_parts.layers_section([run]))
+    page = Page(report_page.layers_section([run]))
     assert [a["style"] for a in page.all("i")] == ["width:75.000%", "width:50.000%"]
     # under one threshold, a layer has no target of its own
     assert [a["style"] for a in page.all("b")] == ["left:80.000%"]
@@ -244,7 +247,7 @@ def test_many_layers_are_folded_by_blocks():
     paths = [f"decoder/layers_{i}/{w}/kernel" for i in range(25) for w in ("wi", "wo")]
     train = {f"sparsity/{p}": series([0.5 if "wi" in p else 0.8]) for p in paths}
     record = {p: {"shape": [10, 20 if "wi" in p else 10], "sparsity": 0.5} for p in paths}
-    page = Page(report_parts.layers_section([made(train=train, record=record)]))
+    page = Page(report_page.layers_section([made(train=train, record=record)]))
     assert len(page.all("details")) == 25 and len(page.all("i")) == 25 * 3
     # (0.5 x 200 + 0.8 x 100) / 300
     assert page.all("i")[0]["style"] == "width:60.000%"
@@ -254,12 +257,14 @@ def test_many_layers_are_folded_by_blocks():
 def test_settings_that_differ_come_first_and_are_marked():
     a = made("a", bindings={"SPARSITY": "0.8", "TRAIN_STEPS": "10", "MODEL_DIR": "'a'", "x.y": "1"})
     b = made("b", 1, bindings={"SPARSITY": "0.8", "TRAIN_STEPS": "20", "MODEL_DIR": "'b'"})
-    text = report_parts.config_section([a, b]).replace("<wbr>", "")
+    text = report_page.config_section([a, b]).replace("<wbr>", "")
     rows = re.findall(r'<tr class="(\w*)"><th>(.*?)</th>', text)
     assert rows == [("differs", "TRAIN_STEPS"), ("differs", "x.y"), ("", "SPARSITY")]
     assert "2 settings differ" in text
     assert re.findall(r"<code>(.*?)</code>", text) == ["10", "20", "1", "–", "0.8", "0.8"]
-    assert "No setting differs" in report_parts.config_section([a, made("c", 1, **vars(a.run))])
+    assert "No setting differs" in report_page.config_section(
+        [a, dataclasses.replace(a, name="c", index=1)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,14 +280,14 @@ def test_settings_that_differ_come_first_and_are_marked():
 def test_a_pixel_is_said_to_be_what_it_is(shape, says):
     record = {} if shape is None else {"a": {"shape": shape}}
     run = made(masks={"a": [Image(0, 6, 4, b"")]}, record=record)
-    assert says in Page(report_parts.masks_section([run])).text
+    assert says in Page(report_page.masks_section([run])).text
 
 
 def test_masks_are_the_first_the_last_and_one_between():
     images = [Image(s, 32, 8, b"png") for s in range(0, 90, 10)]
-    assert [i.step for i in text.evenly_spaced(images, report_parts.MAX_IMAGES)] == [0, 40, 80]
-    assert text.evenly_spaced(images[:2], report_parts.MAX_IMAGES) == images[:2]
-    page = Page(report_parts.masks_section([made(masks={"a": images})]))
+    assert [i.step for i in text.evenly_spaced(images, report_page.MAX_IMAGES)] == [0, 40, 80]
+    assert text.evenly_spaced(images[:2], report_page.MAX_IMAGES) == images[:2]
+    page = Page(report_page.masks_section([made(masks={"a": images})]))
     # whole multiples of pixels
     assert {(a["width"], a["height"]) for a in page.all("img")} == {("128", "32")}
 
@@ -290,15 +295,15 @@ def test_masks_are_the_first_the_last_and_one_between():
 def test_fan_in_is_by_whole_numbers():
     # 0.8 wide: [3, 3.8) has 3, [3.8, 4.6) has 4, [4.6, 5.4) has 5, [5.4, 6.2) has 6, [6.2, 7] has 7
     edges = np.linspace(3, 7, 6)
-    h = report_parts._whole_numbers(Histogram(1, edges, np.array([1.0, 2, 3, 2, 1])))
+    h = report_page._whole_numbers(Histogram(1, edges, np.array([1.0, 2, 3, 2, 1])))
     assert h.edges.tolist() == [2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
     # 0.5 wide, so that every other bucket can have none
-    h = report_parts._whole_numbers(Histogram(1, np.linspace(0, 2, 5), np.array([5.0, 0, 6, 7])))
+    h = report_page._whole_numbers(Histogram(1, np.linspace(0, 2, 5), np.array([5.0, 0, 6, 7])))
     assert h.edges.tolist() == [-0.5, 0.5, 1.5, 2.5] and h.counts.tolist() == [5, 6, 7]
     # 1.5 wide: 0 and 1, 2, 3 and 4, 5 and 6
-    h = report_parts._whole_numbers(Histogram(1, np.linspace(0, 6, 5), np.array([4.0, 2, 4, 4])))
+    h = report_page._whole_numbers(Histogram(1, np.linspace(0, 6, 5), np.array([4.0, 2, 4, 4])))
     assert h.edges.tolist() == [-0.5, 1.5, 2.5, 4.5, 6.5]
-    np.testing.assert_allclose(report_parts._density(h), np.full(4, 2 / 14))
+    np.testing.assert_allclose(report_page._density(h), np.full(4, 2 / 14))
 
 
 # -- curves and names -----------------------------------------------------------------------------
@@ -581,7 +586,7 @@ def test_a_browser_draws_long_names_in_the_dark(tmp_path):
     run_folders.make_run(tmp_path / "run", steps=40)
     run = read_run(str(tmp_path / "run"))
     long = "a_name_without_end_" * 8
-    runs = [ReportRun(name=long + str(i), index=i, run=run) for i in range(2)]
+    runs = [ReportRun(**vars(run), name=long + str(i), index=i) for i in range(2)]
     page = make_page(runs)
     found = probe(page, tmp_path, 390, "--blink-settings=preferredColorScheme=0")
     assert found["errors"] == [] and found["wide"] == 0 and found["spilt"] == 0

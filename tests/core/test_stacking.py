@@ -128,6 +128,6 @@ def test_it_compiles_for_tpu(algorithm):
         spec = PartitionSpec(None, "model") if x.ndim == 2 else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    found = aot.compile_step(run, devices, *jax.tree.map(placed, arguments)).step
+    found = aot.compile_step(run, devices, *jax.tree.map(placed, arguments)).per_chip
     assert set(found.collectives) <= {"all-reduce"}
     assert sum(x.bytes for x in found.collectives.values()) < 64 * 1024

@@ -27,8 +27,8 @@ def cost(algorithm, density, steps, pattern=None):
         algorithm=algorithm,
         pattern=pattern,
     )
-    assert flops.dense_forward_flops(plan) == 2 * SIZE
-    total = sum(flops.train_step_flops(plan, {"w": density}, step) for step in steps)
+    assert flops.flops_per_token(plan, {"w": 1.0}, steps[0])[0] == 2 * SIZE
+    total = sum(flops.flops_per_token(plan, {"w": density}, step)[1] for step in steps)
     return total / len(steps) / (2 * SIZE)
 
 
@@ -76,8 +76,8 @@ def test_forward_passes_of_several_algorithms():
         rules=[ts.Rule(path="b", algorithm=ts.DecayingMask(updates=UPDATES))],
     )
     densities = {"a": 0.5, "b": 0.25}
-    assert flops.forward_flops(plan, densities, 3) == 2 * 64 * (0.5 + 1)
-    assert flops.forward_flops(plan, densities, 1000) == 2 * 64 * (0.5 + 0.25)
+    assert flops.flops_per_token(plan, densities, 3)[0] == 2 * 64 * (0.5 + 1)
+    assert flops.flops_per_token(plan, densities, 1000)[0] == 2 * 64 * (0.5 + 0.25)
 
 
 RUN = 1000
@@ -93,7 +93,7 @@ def run(algorithm, *, size=40 * 50, others=500.0, pattern=None, steps=RUN, spars
         pattern=pattern,
     )
     of_weights = {"w": 2.0 * size, "embedding": 1000.0}
-    found = flops.run_flops(plan, Products(of_weights, others), steps)
+    found = flops.FlopsSoFar(plan, Products(of_weights, others)).advance(steps)
     assert found.dense_forward == 2 * size + 1500
     assert found.dense_training == 3 * steps * found.dense_forward
     return found.training / found.dense_training, found.forward / found.dense_forward
@@ -161,7 +161,7 @@ def test_a_long_run_is_judged_by_samples():
 
 
 def test_nothing_sparse_is_dense():
-    found = flops.run_flops({}, Products({"w": 10.0}, 2.0), 7)
+    found = flops.FlopsSoFar({}, Products({"w": 10.0}, 2.0)).advance(7)
     assert found == flops.RunFlops(12, 12, 252, 252)
 
 
@@ -255,7 +255,7 @@ def test_an_algorithm_of_the_users_own_is_counted_by_its_own_ramp():
         assert counted.forward == pytest.approx(
             sum(2 * SIZE * (1 - x) for x in sparsities().values()), rel=1e-3
         )
-        whole = flops.run_flops(plan, products, step + 1)
+        whole = flops.FlopsSoFar(plan, products).advance(step + 1)
         assert (whole.training, whole.forward) == (pytest.approx(counted.training), counted.forward)
     assert [x["early"] for x in seen] == pytest.approx([0, 0.25, 0.5, 0.75], abs=1e-3)
     assert [x["late"] for x in seen] == pytest.approx([0, 0, 0.25, 0.75], abs=1e-3)

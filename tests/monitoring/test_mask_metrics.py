@@ -144,11 +144,11 @@ def test_flops_add_up_in_whatever_periods(algorithm, updates):
     counter = flops.FlopsSoFar(plan, products)
     for step in (1, 2, 9, 9, 30):
         found = counter.advance(step)
-        whole = flops.run_flops(plan, products, step)
+        whole = flops.FlopsSoFar(plan, products).advance(step)
         assert found == pytest.approx(whole)
     # from another first step: what comes after it alone
     rest = flops.FlopsSoFar(plan, products, 9).advance(30)
-    first = flops.run_flops(plan, products, 9)
+    first = flops.FlopsSoFar(plan, products).advance(9)
     assert rest.training == pytest.approx(found.training - first.training)
     assert rest.dense_training == pytest.approx(3 * products.total * 21)
     with pytest.raises(ValueError, match="counted up to 30 already, got 29"):

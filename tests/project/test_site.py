@@ -152,7 +152,7 @@ def test_public_names_are_shown_by_the_name_that_users_import(site):
         assert f'id="t5x_sparsity.{name}"' in text
     assert (
         'id="t5x_sparsity.core.packing.unpack"' in text
-        and 'id="t5x_sparsity.monitoring.flops.run_flops"' in text
+        and 'id="t5x_sparsity.monitoring.flops.FlopsSoFar"' in text
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -16,13 +18,16 @@ from t5x_sparsity.ahead_of_time import slices as aot
 from t5x_sparsity.commands import CommandError, as_command_errors, run_file
 from t5x_sparsity.commands.output import spinner
 from t5x_sparsity.commands.plan.options import PlanOptions
-from t5x_sparsity.commands.plan.report import DOES_NOT_FIT, Report, SliceReport, WeightRow
+from t5x_sparsity.commands.plan.report import as_text, own_steps
 from t5x_sparsity.core.trees import flatten
-from t5x_sparsity.monitoring.flops import ramp_warnings, run_flops
+from t5x_sparsity.monitoring.flops import FlopsSoFar, ramp_warnings
 from t5x_sparsity.monitoring.matrix_products import loss_products
 from t5x_sparsity.monitoring.summary import TOTAL, summarize
 from t5x_sparsity.t5x import SparseTrainStateInitializer
 from t5x_sparsity.t5x.trainer import SparseTrainer
+
+# The exit code of a plan whose steps don't fit the slice.
+_DOES_NOT_FIT = 3
 
 
 def run(options: PlanOptions) -> int:
@@ -35,14 +40,13 @@ def run(options: PlanOptions) -> int:
             report = _report(options)
     finally:
         logging.set_verbosity(level)
-    if options.json:
-        print(json.dumps(report.as_dict(), indent=1))
-    else:
-        print(report.as_text(all_weights=options.all))
-    return DOES_NOT_FIT if report.slice and not report.slice.fits else 0
+    print(json.dumps(report, indent=1) if options.json else as_text(report, options.all))
+    topology = report["topology"]
+    return _DOES_NOT_FIT if topology and not topology["fits"] else 0
 
 
-def _report(options: PlanOptions) -> Report:
+def _report(options: PlanOptions) -> dict[str, Any]:
+    """The plan as JSON has it."""
     devices = None
     if options.topology:
         with as_command_errors():
@@ -55,9 +59,8 @@ def _report(options: PlanOptions) -> Report:
         with spinner("planning"), as_command_errors("the run can't be planned: "):
             initializer = config.initializer()
             report = _plan(config, initializer)
-        if devices:
-            report.slice = _compile(config, initializer, devices)
-    return report
+        topology = _compile(config, initializer, devices) if devices else None
+    return {**report, "topology": topology}
 
 
 def _check_batch(config: run_file.Run, devices: aot.Slice) -> None:
@@ -70,63 +73,79 @@ def _check_batch(config: run_file.Run, devices: aot.Slice) -> None:
         )
 
 
-def _plan(config: run_file.Run, initializer) -> Report:
+def _plan(config: run_file.Run, initializer) -> dict[str, Any]:
     state, axes = initializer.global_train_state_shape, initializer.train_state_axes
-    sparse = isinstance(initializer, SparseTrainStateInitializer)
-    plan, masks, slots, bytes_per_device = {}, {}, {}, 0
+    is_sparse = isinstance(initializer, SparseTrainStateInitializer)
     mesh = config.partitioner.mesh
-    if sparse:
+    plan, masks, slots, mask_axes = {}, {}, {}, {}
+    if is_sparse:
         optimizer = state._optimizer
         plan = optimizer.optimizer_def.plan(state.params)
         masks, slots = optimizer.state.sparsity.masks, optimizer.state.sparsity.slots
         mask_axes = axes._optimizer.state.sparsity.masks
-        bytes_per_device = sum(
-            _bytes(NamedSharding(mesh, mask_axes[p]).shard_shape(m.shape), m.dtype)
-            for p, m in masks.items()
-        )
-    shapes, specs = flatten(state.params), _leaves(axes.params)
-    names = _leaves(config.partitioner.get_logical_axes(state).params)
+    shapes, specs = flatten(state.params), _by_path(axes.params)
+    names = _by_path(config.partitioner.get_logical_axes(state).params)
     expected = {p: round(layer.size * (1 - layer.level)) for p, layer in plan.items()}
     summaries = {
         r.path: r for r in summarize({p: x.shape for p, x in plan.items()}, expected, plan)
     }
-    rows = []
+    weights = []
     for path, weight in shapes.items():
-        layer, spec, own = plan.get(path), specs.get(path), summaries.get(path)
-        # layers under one threshold have no number of their own
-        kept = weight.size if own is None else None if own.target is None else own.kept
-        rows.append(
-            WeightRow(
-                path=path,
-                shape=tuple(weight.shape),
-                axes=None if names.get(path) is None else tuple(names[path]),
-                spec=None if spec is None else tuple(spec),
-                pattern="" if layer is None else _named(layer.pattern),
-                algorithm="" if layer is None else type(layer.algorithm).__name__,
-                sparsity=None if own is None else own.target,
-                kept=kept,
-                mask_bytes=None if layer is None else _size(masks.get(path)),
-            )
-        )
-    return Report(
-        host=host.NAME,
-        is_sparse=sparse,
-        weights=rows,
-        target=summaries[TOTAL].target if plan else None,
-        kept=sum(expected.get(p, x.size) for p, x in shapes.items()),
-        total_steps=config.total_steps,
-        flops=run_flops(plan, loss_products(config.model, state, config.batch), config.total_steps),
-        other_state_bytes=sum(
-            _bytes(x.shape, x.dtype) for arrays in slots.values() for x in arrays.values()
-        ),
-        mask_bytes_per_device=bytes_per_device,
-        mesh=dict(mesh.shape),
-        missing_imports=config.missing_imports,
-        warnings=ramp_warnings(plan),
-    )
+        found = {
+            "path": path,
+            "shape": tuple(weight.shape),
+            "axes": names.get(path),
+            "spec": specs.get(path),
+            "pattern": "",
+            "algorithm": "",
+            "sparsity": None,
+            "kept": weight.size,
+        }
+        if layer := plan.get(path):
+            target = summaries[path].target
+            found |= {
+                "pattern": _named(layer.pattern),
+                "algorithm": type(layer.algorithm).__name__,
+                "sparsity": target,
+                # layers under one threshold have no number of their own
+                "kept": None if target is None else expected[path],
+                "mask_bytes": masks[path].size,
+            }
+        weights.append(found | {"is_sparse": path in plan, "size": weight.size})
+    products = loss_products(config.model, state, config.batch)
+    flops = FlopsSoFar(plan, products).advance(config.total_steps)
+    return {
+        "host": host.NAME,
+        "is_sparse": is_sparse,
+        "missing_imports": config.missing_imports,
+        "warnings": ramp_warnings(plan),
+        "weights": weights,
+        "totals": {
+            "weights": sum(x.size for x in shapes.values()),
+            "sparse_weights": sum(shapes[p].size for p in plan),
+            "sparsity": summaries[TOTAL].target,
+            "kept": sum(expected.get(p, x.size) for p, x in shapes.items()),
+            "mask_bytes": sum(m.size for m in masks.values()),
+            "mask_bytes_per_device": sum(
+                math.prod(NamedSharding(mesh, mask_axes[p]).shard_shape(m.shape))
+                for p, m in masks.items()
+            ),
+            "other_state_bytes": sum(
+                x.size * x.dtype.itemsize for arrays in slots.values() for x in arrays.values()
+            ),
+        },
+        "flops": {
+            "total_steps": config.total_steps,
+            "training_share": flops.training / flops.dense_training,
+            "inference_share": flops.forward / flops.dense_forward,
+            **flops._asdict(),
+        },
+        "mesh": dict(mesh.shape),
+    }
 
 
-def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> SliceReport:
+def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> dict[str, Any]:
+    """What each step takes on a chip, the dense one as well, to compare."""
     mesh = config.partitioner.mesh
     sharding = NamedSharding(mesh, config.partitioner.data_partition_spec)
     batch = {
@@ -155,20 +174,21 @@ def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> SliceRepo
             found[kind] = aot.compile_step(step, devices, state, batch)
     for trainer in {dense, own}:
         trainer.close()
-    return SliceReport(devices=devices, steps=found)
+    return {
+        "name": devices.name,
+        "chip": devices.kind,
+        "chips": len(devices.devices),
+        "mesh": dict(mesh.shape),
+        "usable_bytes_per_chip": devices.hbm_bytes,
+        "fits": all(c.fits for c in own_steps(found).values()),
+        "steps": {kind: {"fits": c.fits, **dataclasses.asdict(c)} for kind, c in found.items()},
+    }
 
 
-def _size(x: Any) -> int:
-    return 0 if x is None else x.size
-
-
-def _bytes(shape, dtype) -> int:
-    return jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize
-
-
-def _leaves(axes) -> dict[str, tuple | None]:
-    """The axes of weights by path; no axes are a leaf too."""
-    return flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+def _by_path(axes) -> dict[str, tuple]:
+    """The axes of the weights that have any."""
+    found = flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+    return {path: tuple(names) for path, names in found.items()}
 
 
 def _named(pattern) -> str:

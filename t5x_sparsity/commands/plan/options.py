@@ -7,10 +7,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from t5x_sparsity.ahead_of_time.environment import TPU_ENVIRONMENT
+from t5x_sparsity.ahead_of_time import TPU_ENVIRONMENT
 from t5x_sparsity.commands.options import add_command, argument
-
-_HOST_VARIABLE = "T5X_SPARSITY_HOST"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class PlanOptions:
     def set_environment(self) -> None:
         """Sets what JAX and the choice of a host read as they are imported."""
         if self.host:
-            os.environ[_HOST_VARIABLE] = self.host
+            os.environ["T5X_SPARSITY_HOST"] = self.host
         for key, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(key, value)
 

@@ -33,7 +33,7 @@ def run(options: ReportOptions) -> int:
             found = read_run(str(folder))
         except (ValueError, OSError) as e:
             raise CommandError(one_line(e)) from e
-        runs.append(ReportRun(name=names[i], index=i, run=found))
+        runs.append(ReportRun(**vars(found), name=names[i], index=i))
     out = options.out
     if out is None:
         out = folders[0] / _PAGE if len(folders) == 1 else _PAGE
@@ -60,10 +60,8 @@ def _names(options: ReportOptions, folders: Sequence[epath.Path]) -> list[str]:
         return list(options.names)
     # '.' has no name of its own
     parts = [f.resolve().parts for f in folders]
-    if len(set(parts)) < len(parts):
-        raise CommandError("one folder is given twice; give each run once")
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-n:]) for p in parts]
         if len(set(names)) == len(names):
-            break
-    return names
+            return names
+    raise CommandError("one folder is given twice; give each run once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +24,8 @@ def trim(paths: Sequence[str]) -> list[str]:
     """Paths without the parts that all begin or end with; at least one part stays of each."""
     parts = [p.split("/") for p in paths]
     most = min(map(len, parts), default=1) - 1
-    same = [len(set(level)) == 1 for level in zip(*(p[:most] for p in parts), strict=True)]
-    start = same.index(False) if False in same else most
-    most -= start
-    ends = zip(*(p[len(p) - most :] for p in parts), strict=True) if most else ()
-    same = [len(set(level)) == 1 for level in ends][::-1]
-    end = same.index(False) if False in same else len(same)
+    start = len(os.path.commonprefix([p[:most] for p in parts]))
+    end = len(os.path.commonprefix([p[::-1][: most - start] for p in parts]))
     return ["/".join(p[start : len(p) - end]) for p in parts]
 
 

@@ -21,18 +21,11 @@ _LOSSES = ("loss_per_nonpadding_target_token", "loss_per_all_target_tokens", "lo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportRun:
-    """One run of a report.
-
-    Attributes:
-      name: that the page shows.
-      index: of the run on the page, from 0; determines its colour.
-      run: what its folder holds.
-    """
+class ReportRun(Run):
+    """What a run's folder holds, and how a page shows it."""
 
     name: str
-    index: int
-    run: Run
+    index: int  # of the run on the page, from 0; determines its colour
 
     @property
     def short_name(self) -> str:
@@ -49,28 +42,16 @@ class ReportRun:
             level = sum(self.size(p) * v.get("sparsity", 0) for p, v in self.record.items())
             level = f"{round(100 * level / max(self.sparse_weights, 1), 2):g}% sparse"
             level += f", {self.distribution}" if self.distribution else ""
-        found = [" + ".join(self.methods) or "Sparse", level, " + ".join(self.patterns)]
+        methods, patterns = self.by_weights("algorithm"), self.by_weights("pattern")
+        found = [" + ".join(methods) or "Sparse", level, " + ".join(patterns)]
         return " · ".join(part for part in found if part)
 
     @property
-    def record(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.run.record
-
-    @property
     def is_sparse(self) -> bool:
-        return bool(self.record or self.run.group("sparsity"))
+        return bool(self.record or self.group("sparsity"))
 
-    @property
-    def methods(self) -> list[str]:
-        """Names of algorithms, the one with the most weights first."""
-        return self._by_weights("algorithm")
-
-    @property
-    def patterns(self) -> list[str]:
-        """Patterns as written in gin, the one with the most weights first."""
-        return self._by_weights("pattern")
-
-    def _by_weights(self, key: str) -> list[str]:
+    def by_weights(self, key: str) -> list[str]:
+        """The values that the record has of a key, the one with the most weights first."""
         sizes: dict[str, int] = {}
         for path, values in self.record.items():
             name = str(values.get(key, "")).removesuffix("()")
@@ -83,21 +64,20 @@ class ReportRun:
 
     @property
     def distribution(self) -> str | None:
-        found = resolve(self.run.bindings, "SparsityConfig.distribution")
+        found = resolve(self.bindings, "SparsityConfig.distribution")
         return None if found is None else str(found)
 
     @property
     def total_steps(self) -> int | None:
         """Steps that the run was to have."""
-        for name in ("TRAIN_STEPS", "train.total_steps"):
-            if isinstance(found := resolve(self.run.bindings, name), int):
-                return found
-        return None
+        names = ("TRAIN_STEPS", "train.total_steps")
+        found = (resolve(self.bindings, name) for name in names)
+        return next((steps for steps in found if isinstance(steps, int)), None)
 
     @functools.cached_property
     def last_step(self) -> int:
         """The last step that there are events of."""
-        series = [self.run.train, *self.run.evals.values()]
+        series = [self.train, *self.evals.values()]
         return max(int(s.steps[-1]) for tags in series for s in tags.values())
 
     @property
@@ -105,70 +85,67 @@ class ReportRun:
         return sum(self.size(p) for p in self.record)
 
     @property
-    def train_loss(self) -> tuple[str, Series] | None:
-        """Name and values; None where there are none."""
-        return _loss(self.run.train)
+    def train_loss(self) -> Series | None:
+        return _loss(self.train)
 
     @property
     def eval_losses(self) -> dict[str, Series]:
         """Validation loss by task."""
-        found = {task: _loss(tags) for task, tags in self.run.evals.items()}
-        return {task: loss[1] for task, loss in found.items() if loss}
+        found = {task: _loss(tags) for task, tags in self.evals.items()}
+        return {task: loss for task, loss in found.items() if loss}
+
+    def actual(self) -> dict[str, float]:
+        """Path -> the sparsity at the last step."""
+        return {p: s.last for p, s in self.group("sparsity").items() if p != TOTAL}
 
     def targets(self) -> dict[str, float]:
         """Path -> the target at the last step; absent where only the total has one.
 
         Older versions wrote no targets: for their events, those planned for the end.
         """
-        found = self.run.group("sparsity_target")
-        if found:
+        if found := self.group("sparsity_target"):
             return {p: s.last for p, s in found.items() if p != TOTAL}
-        return {
-            p: v["sparsity"] for p, v in self.record.items() if isinstance(v.get("sparsity"), float)
-        }
+        return {p: v["sparsity"] for p, v in self.record.items() if "sparsity" in v}
 
     def last(self, tag: str) -> float | None:
         """The last value of a series of training, None where there is none."""
-        series = self.run.train.get(tag)
+        series = self.train.get(tag)
         return None if series is None else series.last
 
     def key_numbers(self) -> dict[str, Any]:
         """For JSON; what is unknown or not finite is None."""
-        loss = self.train_loss
-        sparsity, target = self.last("sparsity/total"), self.last("sparsity_target/total")
-        churn = self.run.train.get("mask_churn/total")
+        loss, churn = self.train_loss, self.train.get("mask_churn/total")
+        sparsity = self.last("sparsity/total")
         kept = None
-        if sparsity is not None and self.run.weights and self.record:
-            kept = self.run.weights - round(sparsity * self.sparse_weights)
+        if sparsity is not None and self.weights and self.record:
+            kept = self.weights - round(sparsity * self.sparse_weights)
+        flops = ("training", "training_dense", "training_share", "inference_share")
         found = {
             "name": self.name,
-            "folder": self.run.folder,
-            "methods": self.methods,
-            "patterns": self.patterns,
+            "folder": self.folder,
+            "methods": self.by_weights("algorithm"),
+            "patterns": self.by_weights("pattern"),
             "distribution": self.distribution,
-            "weights": self.run.weights,
+            "weights": self.weights,
             "sparse_weights": self.sparse_weights,
             "weights_kept": kept,
             "sparsity": sparsity,
-            "sparsity_target": target,
+            "sparsity_target": self.last("sparsity_target/total"),
             "steps": self.last_step,
             "total_steps": self.total_steps,
-            "train_loss": None if loss is None else float(smoothed(loss[1]).last),
+            "train_loss": None if loss is None else float(smoothed(loss).last),
             "validation": {t: _validation(s) for t, s in self.eval_losses.items()},
-            "churn": None if churn is None else churn.last,
+            "churn": self.last("mask_churn/total"),
             "churn_mean": None if churn is None else _mean(churn),
             "explored": self.last("mask_explored/total"),
-            "flops_training": self.last("flops/training"),
-            "flops_training_dense": self.last("flops/training_dense"),
-            "flops_training_share": self.last("flops/training_share"),
-            "flops_inference_share": self.last("flops/inference_share"),
-            "remarks": list(self.run.remarks),
+            **{f"flops_{name}": self.last(f"flops/{name}") for name in flops},
+            "remarks": list(self.remarks),
         }
         return finite(found)
 
 
-def _loss(tags: Mapping[str, Series]) -> tuple[str, Series] | None:
-    return next(((name, tags[name]) for name in _LOSSES if name in tags), None)
+def _loss(tags: Mapping[str, Series]) -> Series | None:
+    return next((tags[name] for name in _LOSSES if name in tags), None)
 
 
 def _validation(series: Series) -> dict[str, Any]:
