@@ -61,7 +61,7 @@ def test_a_dense_model_of_the_equivalent_size_has_the_same_loss(sparsity, size, 
 
 
 def test_huber_by_hand():
-    found = scaling.huber(np.array([-0.5, 1.0, 3.0]), 1.0)
+    found = scaling.huber(1.0, np.array([-0.5, 1.0, 3.0]))
     np.testing.assert_allclose(found, [0.125, 0.5, 2.5])
 
 
@@ -110,7 +110,7 @@ def test_the_minimum_is_one():
     def objective(x):
         law = Law(**dict(zip(COEFFICIENTS, np.exp(x), strict=True)))
         r = np.log(law.loss(table.sparsity, table.nonzero, table.tokens) / table.loss)
-        return scaling.huber(r, 1e-3).mean() * 1e6
+        return scaling.huber(1e-3, r).mean() * 1e6
 
     assert objective(np.log(values(found.law))) == pytest.approx(found.objective * 1e6, rel=1e-9)
     options = {"maxfev": 4000, "xatol": 1e-6, "fatol": 1e-9}

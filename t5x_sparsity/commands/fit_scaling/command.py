@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.fit_scaling.options import FitScalingOptions
-from t5x_sparsity.commands.fit_scaling.report import BestRun, Report, column_name, show_range
+from t5x_sparsity.commands.fit_scaling.report import Report
 from t5x_sparsity.commands.fit_scaling.table import Source, read
 from t5x_sparsity.commands.output import check_page, spinner, write_page
 from t5x_sparsity.commands.text import evenly_spaced
 from t5x_sparsity.scaling import intervals as scaling_intervals
 from t5x_sparsity.scaling import law as scaling
-from t5x_sparsity.scaling.intervals import Bootstrap, HeldOut
-from t5x_sparsity.scaling.law import COEFFICIENTS, Fit, Law
-from t5x_sparsity.scaling.optimum import MAX_SPARSITY, Optimum, optimum, training_flops
+from t5x_sparsity.scaling.law import Law, Table
+from t5x_sparsity.scaling.optimum import Optimum, optimum, training_flops
 
-_ILL_CONDITIONED = 1e4
-# what a held-out prediction may be off, whatever the fit's own errors are
-_GOOD = 1e-3
+# what the file names columns of the table
+_NAMES = {"nonzero": "nonzero_weights", "tokens": "tokens", "sparsity": "sparsity"}
+_UNITS = {
+    "a_s": "nats x weights^b_n",
+    "c_s": "nats x weights^b_n",
+    "a_d": "tokens x nats^(1/b_d)",
+    "c": "nats a token",
+}
 
 
 def run(options: FitScalingOptions) -> int:
@@ -31,7 +39,7 @@ def run(options: FitScalingOptions) -> int:
     source = read(options.table)
     out = None if options.plots is None else check_page(options.plots, "--plots", "fit-scaling")
     with spinner("fitting"):
-        report = analyse(source, options)
+        report = _analyse(source, options)
         if out:
             from t5x_sparsity.commands.fit_scaling.page import page
 
@@ -45,182 +53,110 @@ def run(options: FitScalingOptions) -> int:
     return 0
 
 
-def analyse(source: Source, options: FitScalingOptions) -> Report:
-    """Fits the law, and asks it what is best.
-
-    Raises:
-      CommandError: the table can't tell the coefficients apart, or nothing is best that a float64
-        holds.
-    """
-    table, delta, seed = source.table, options.delta, options.seed
+def _analyse(source: Source, options: FitScalingOptions) -> Report:
+    """Fits the law, and asks it what is best."""
+    table, path = source.table, options.table
+    settings = {"delta": options.delta, "seed": options.seed}
     try:
-        fit = scaling.fit(table, delta=delta, starts=options.starts, seed=seed)
+        fit = scaling.fit(table, starts=options.starts, **settings)
     except scaling.NotIdentifiable as e:
-        name = e.column.replace("nonzero", "nonzero_weights")
-        if e.column == "rows":
-            raise CommandError(f"{source.path} has {e}") from e
-        if " and " in name:
-            text = str(e).replace("nonzero", "nonzero_weights")
-            raise CommandError(f"{source.path}: {text}") from e
-        raise CommandError(f"{source.path}, column {name}: {e}") from e
+        text = str(e).replace("nonzero", _NAMES["nonzero"])
+        raise CommandError(f"{path}: {text}") from e
     except RuntimeError as e:
-        raise CommandError(f"{source.path}: {e}; look for wrong values among the losses") from e
-    laws, intervals = None, {}
-    if options.bootstrap:
-        laws = scaling_intervals.bootstrap(
-            table, fit, replicates=options.bootstrap, delta=delta, seed=seed
+        raise CommandError(f"{path}: {e}; look for wrong values among the losses") from e
+    laws = scaling_intervals.bootstrap(table, fit, replicates=options.bootstrap, **settings)
+    if options.bootstrap and not laws.laws:
+        raise CommandError(
+            f"{path}: no resampled table could be fitted; add runs, or --bootstrap=0"
         )
-        if not laws.laws:
-            raise CommandError(
-                f"{source.path}: no resampled table could be fitted; add runs, or --bootstrap=0"
-            )
-        intervals = {
-            n: scaling_intervals.interval(laws.values(n), options.level) for n in COEFFICIENTS
-        }
-    held_out = [
-        scaling_intervals.hold_out(
-            table, name, delta=delta, starts=max(5, options.starts // 3), seed=seed
-        )
-        for name in ("nonzero", "tokens", "sparsity")
-    ]
-    gains = {}
-    sized = [law for law in laws.laws if _has_size(law)] if laws else []
-    for s in evenly_spaced(scaling.distinct(table.sparsity), 6):
-        if s and _has_size(fit.law):
-            with np.errstate(over="ignore", divide="ignore"):
-                values = [law.dense_equivalent(s) for law in sized]
-                gain = float(fit.law.dense_equivalent(s))
-            interval = scaling_intervals.interval(values, options.level) if values else None
-            gains[float(s)] = gain, interval
-    optima = _optima(source, options, fit.law, laws)
+    interval = functools.partial(scaling_intervals.interval, level=options.level)
+    settings["starts"] = max(5, options.starts // 3)
+    held_out = {
+        column: scaling_intervals.hold_out(table, name, **settings)
+        for name, column in _NAMES.items()
+    }
     return Report(
         options=options,
         source=source,
         fit=fit,
         bootstrap=laws,
-        intervals=intervals,
-        gains=gains,
-        held_out=held_out,
-        optima=optima,
-        warnings=_warnings(fit, laws, held_out, optima, options),
+        coefficients={
+            name: {
+                "value": value,
+                "interval": interval(laws.values(name)),
+                "unit": _UNITS.get(name, ""),
+            }
+            for name, value in vars(fit.law).items()
+        },
+        gains=_gains(table, fit.law, laws.laws, interval),
+        held_out=[dataclasses.asdict(h) | {"column": column} for column, h in held_out.items()],
+        optima=list(_optima(table, options, fit.law, laws.laws, interval)),
     )
 
 
+@np.errstate(over="ignore", divide="ignore")
+def _gains(
+    table: Table, law: Law, resampled: Sequence[Law], interval: Callable
+) -> list[dict[str, Any]]:
+    sparsities = evenly_spaced(scaling.distinct(table.sparsity), 6)
+    sized = [x for x in resampled if x.a_s + x.c_s]
+    return [
+        {
+            "sparsity": float(s),
+            "times": float(law.dense_equivalent(s)),
+            "interval": interval([x.dense_equivalent(s) for x in sized]),
+        }
+        for s in sparsities
+        if s and law.a_s + law.c_s
+    ]
+
+
 def _optima(
-    source: Source, options: FitScalingOptions, law: Law, laws: Bootstrap | None
-) -> list[BestRun]:
-    table = source.table
-    if not law.a_d or not _has_size(law):
-        return []
+    table: Table,
+    options: FitScalingOptions,
+    law: Law,
+    resampled: Sequence[Law],
+    interval: Callable,
+) -> Iterator[dict[str, Any]]:
+    if not law.a_d or not law.a_s + law.c_s:
+        return
     costs = training_flops(table.sparsity, table.nonzero, table.tokens, options.cost)
     least, most = costs.min(), costs.max()
     compute = options.compute or [float(x) for x in (least, np.sqrt(least * most), most)]
     sizes = scaling.distinct(table.nonzero)
     sizes = options.size or [float(sizes[len(sizes) // 2])]
     sparsest = float(table.sparsity.max())
-    found = []
-    for flops in compute:
-        for size in (None, *sizes):
-            asked = {"nonzero": size, "cost": options.cost}
-            best = _best(law, flops, max_sparsity=sparsest, **asked)
-            if best is None:
-                weights = "" if size is None else f" and {size:g} weights"
-                raise CommandError(
-                    f"{source.path}: the law has no finite loss for {flops:g} FLOPs{weights}; give "
-                    "--compute and --size nearer to the table's runs"
-                )
-            interval = None
-            # a law without one of these terms has no optimum
-            usable = [x for x in laws.laws if x.a_d and _has_size(x)] if laws else []
-            values = [_best(x, flops, max_sparsity=sparsest, **asked) for x in usable]
-            values = [x.sparsity for x in values if x is not None]
-            if values:
-                interval = scaling_intervals.interval(values, options.level)
-            beyond = _best(law, flops, **asked) if best.at_limit else None
-            outside = [
-                column_name(name)
+    for flops, size in itertools.product(compute, (None, *sizes)):
+        best_of = functools.partial(_best, compute=flops, nonzero=size, cost=options.cost)
+        best = best_of(law, max_sparsity=sparsest)
+        if best is None:
+            weights = "" if size is None else f" and {size:g} weights"
+            raise CommandError(
+                f"{options.table}: the law has no finite loss for {flops:g} FLOPs{weights}; give "
+                "--compute and --size nearer to the table's runs"
+            )
+        others = [best_of(x, max_sparsity=sparsest) for x in resampled]
+        beyond = best_of(law) if best.at_limit else None
+        yield dataclasses.asdict(best) | {
+            "given_size": size is not None,
+            "sparsity_interval": interval([x.sparsity for x in others if x]),
+            "sparsity_beyond_table": beyond and beyond.sparsity,
+            "outside": [
+                _NAMES[name]
                 for name in ("nonzero", "tokens")
                 if not _within(getattr(best, name), getattr(table, name))
-            ]
-            found.append(
-                BestRun(
-                    best=best,
-                    given_size=size is not None,
-                    interval=interval,
-                    beyond=beyond and beyond.sparsity,
-                    outside=tuple(outside),
-                )
-            )
-    return found
+            ],
+        }
 
 
-def _has_size(law: Law) -> bool:
-    """Whether the loss depends on weights."""
-    return law.a_s + law.c_s > 0
-
-
-def _best(law: Law, flops: float, **asked) -> Optimum | None:
-    """The optimum of a law that depends on data and weights; None if its loss isn't finite."""
+@np.errstate(over="ignore")
+def _best(law: Law, **asked) -> Optimum | None:
+    """The optimum; None where there is none, or its loss isn't finite."""
     try:
-        with np.errstate(over="ignore"):
-            best = optimum(law, flops, **asked)
+        best = optimum(law, **asked)
     except (ArithmeticError, ValueError):  # too large, or a slope that has no sign
         return None
     return best if math.isfinite(best.loss) and math.isfinite(best.dense_loss) else None
-
-
-def _warnings(
-    fit: Fit,
-    laws: Bootstrap | None,
-    held_out: Sequence[HeldOut],
-    optima: Sequence[BestRun],
-    options: FitScalingOptions,
-) -> list[str]:
-    found = []
-    if fit.agreeing < fit.starts / 2:
-        found.append(
-            f"Only {fit.agreeing} of {fit.starts} starts end at the best objective; there may be a "
-            "better one, so raise --starts."
-        )
-    if fit.spread > 0.01:
-        found.append(
-            f"The objective is flat: coefficients {fit.spread:.0%} apart are as good as each other."
-        )
-    if fit.condition > _ILL_CONDITIONED:
-        found.append(
-            f"The table hardly tells coefficients apart (condition number {fit.condition:.0e}); "
-            "trust predictions inside its range, not the coefficients."
-        )
-    for name in fit.bounds:
-        found.append(f"The coefficient {name} ends at its bound, {getattr(fit.law, name):.3g}.")
-    if laws and laws.failed > 0.05 * options.bootstrap:
-        found.append(f"{laws.failed} resampled tables have no fit; the intervals leave them out.")
-    for h in held_out:
-        if h.rmse is not None and abs(h.mean_error) > max(3 * h.rmse, _GOOD):
-            name = column_name(h.column)
-            found.append(
-                f"Runs of the largest {name} are {h.mean_error:+.1%} off when predicted from the "
-                f"others, which the fit has within {h.rmse:.1%}: it extrapolates badly there."
-            )
-    if not optima:
-        found.append("The fit doesn't depend on data, or on weights, so no sparsity is best.")
-    beyond = [r for r in optima if r.beyond is not None]
-    if beyond:
-        own = [r.beyond for r in beyond]
-        end = (
-            "the more the better"
-            if min(own) >= MAX_SPARSITY
-            else f"{show_range(np.array(own))} by the law itself, which no run supports"
-        )
-        found.append(
-            f"{len(beyond)} of the best sparsities are at the edge of the table's range: {end}."
-        )
-    outside = sorted({name for r in optima for name in r.outside})
-    if outside:
-        found.append(
-            f"Marked rows have {' or '.join(outside)} outside the table's range: extrapolated."
-        )
-    return found
 
 
 def _within(value: float, values: np.ndarray) -> bool:
