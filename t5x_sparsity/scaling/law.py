@@ -23,8 +23,6 @@ from scipy.optimize import Bounds, least_squares, minimize, nnls
 from scipy.special import huber
 
 COEFFICIENTS = ("a_s", "b_s", "c_s", "b_n", "a_d", "b_d", "c")
-LEVELS = 3
-ROWS = len(COEFFICIENTS) + 1
 # with smaller ones, a_d of a term that matters would be no float64
 MIN_EXPONENT, MAX_EXPONENT = 0.02, 10.0
 
@@ -139,15 +137,7 @@ class Fit:
 
 
 class NotIdentifiable(ValueError):
-    """The table can't tell the coefficients apart.
-
-    Attributes:
-      column: the reason: 'rows', 'sparsity', 'nonzero', 'tokens', or several with ' and ' between.
-    """
-
-    def __init__(self, column: str, message: str):
-        super().__init__(message)
-        self.column = column
+    """The table can't tell the coefficients apart; the message names the columns to blame."""
 
 
 def check(table: Table) -> None:
@@ -156,37 +146,30 @@ def check(table: Table) -> None:
     Needed are 8 rows, for 7 coefficients, 3 values each of sparsity, non-zero weights and tokens,
     and that no two of them, nor all three, vary together, as tokens = 20 x weights would.
     """
-    if len(table) < ROWS:
-        found = f"the table has {len(table)} rows for {len(COEFFICIENTS)} coefficients"
-        raise NotIdentifiable("rows", f"{found}; at least {ROWS}")
+    rows, needed = len(table), len(COEFFICIENTS) + 1
+    if rows < needed:
+        raise NotIdentifiable(
+            f"the table has {rows} rows for {len(COEFFICIENTS)} coefficients; at least {needed}"
+        )
     for name in ("sparsity", "nonzero", "tokens"):
         found = distinct(getattr(table, name))
-        if len(found) < LEVELS:
+        if len(found) < 3:
             values = ", ".join(f"{x:.6g}" for x in found)
-            raise NotIdentifiable(
-                name, f"column {name}: too few different values, {values}; at least {LEVELS}"
-            )
+            raise NotIdentifiable(f"column {name}: too few different values, {values}; at least 3")
     scaled = _Scaled(table)
     columns = {"sparsity": scaled.u, "nonzero": scaled.n, "tokens": scaled.d}
     for together in (*itertools.combinations(columns, 2), tuple(columns)):
         x = np.stack([columns[n] - columns[n].mean() for n in together], 1)
         singular = np.linalg.svd(x / np.linalg.norm(x, axis=0), compute_uv=False)
         if singular[-1] < 1e-2 * singular[0]:
-            names = " and ".join(together)
             raise NotIdentifiable(
-                names,
-                f"the columns {names} vary together, so no fit can tell apart what each does; add "
-                "runs in which one changes and the other doesn't",
+                f"the columns {' and '.join(together)} vary together, so no fit can tell apart "
+                "what each does; add runs in which one changes and the other doesn't"
             )
 
 
 def fit(
-    table: Table,
-    *,
-    delta: float = 1e-3,
-    starts: int = 50,
-    seed: int = 0,
-    first: Sequence[Law] = (),
+    table: Table, *, delta: float = 1e-3, starts: int = 50, seed: int = 0, first: Sequence[Law] = ()
 ) -> Fit:
     """Fits the law from many starts; the best is kept.
 
