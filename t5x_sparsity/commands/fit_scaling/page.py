@@ -6,7 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from t5x_sparsity.commands.fit_scaling.report import FORMULA, Report
+from t5x_sparsity.commands.fit_scaling import report
+from t5x_sparsity.commands.fit_scaling.analysis import Analysis
 from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.pages import render
 from t5x_sparsity.commands.text import evenly_spaced
@@ -19,21 +20,23 @@ _BLUE, _RED = "#2563a8", "#c2410c"
 _DOTTED = {"color": "#6b7280", "dash": "dot"}
 
 
-def page(report: Report) -> str:
+def page(analysis: Analysis) -> str:
     """The whole page, as HTML."""
-    resampled = bool(report.bootstrap.laws)
+    resampled = bool(analysis.bootstrap.laws)
     return render(
         "fit_scaling/page.html",
-        report=report,
-        formula=FORMULA,
+        analysis=analysis,
+        formula=report.FORMULA,
         generator=generator("fit-scaling"),
-        warnings=list(report.warnings()),
-        grids=report.grids(),
-        by_sparsity=_by_sparsity(report),
-        errors=_errors(report),
-        contours=[_contours(report)] if report.optima else [],
-        histograms=[_histogram(report, n) for n in COEFFICIENTS if resampled],
-        pairs=[_pair(report, *pair) for pair in list(report.ties())[:_PAIRS]],
+        table_lines=report.table_lines(analysis),
+        fit_lines=report.fit_lines(analysis),
+        warnings=list(analysis.warnings()),
+        grids=report.grids(analysis),
+        by_sparsity=_by_sparsity(analysis),
+        errors=_errors(analysis),
+        contours=[_contours(analysis)] if analysis.optima else [],
+        histograms=[_histogram(analysis, n) for n in COEFFICIENTS if resampled],
+        pairs=[_pair(analysis, *pair) for pair in list(analysis.ties)[:_PAIRS]],
         # JSON that can't end the script that it is in
         script_json=lambda figure: figure.to_json().replace("<", "\\u003c"),
     )
@@ -64,12 +67,12 @@ def _nearest(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return np.abs(np.log(values)[:, None] - np.log(levels)).argmin(1)
 
 
-def _by_sparsity(report: Report) -> list[go.Figure]:
-    t, law = report.source.table, report.fit.law
+def _by_sparsity(analysis: Analysis) -> list[go.Figure]:
+    t, law = analysis.source.table, analysis.fit.law
     tokens = np.array(evenly_spaced(distinct(t.tokens), _PANELS))
     sizes = np.array(evenly_spaced(distinct(t.nonzero), _CURVES))
     panel, curve = _nearest(t.tokens, tokens), _nearest(t.nonzero, sizes)
-    moved = law.loss(t.sparsity, sizes[curve], tokens[panel]) / np.exp(report.fit.residuals)
+    moved = law.loss(t.sparsity, sizes[curve], tokens[panel]) / np.exp(analysis.fit.residuals)
     s = np.linspace(0, t.sparsity.max(), 100)
     legend = {"orientation": "h", "y": -0.22}
     figures = []
@@ -88,8 +91,8 @@ def _by_sparsity(report: Report) -> list[go.Figure]:
     return figures
 
 
-def _errors(report: Report) -> list[go.Figure]:
-    t, residuals = report.source.table, report.fit.residuals
+def _errors(analysis: Analysis) -> list[go.Figure]:
+    t, residuals = analysis.source.table, analysis.fit.residuals
     predicted, x = t.loss * np.exp(residuals), "predicted, nats a token"
     loss = _figure("Loss", x, "measured", showlegend=False)
     ends = np.concatenate([t.loss, predicted])
@@ -111,14 +114,14 @@ def _errors(report: Report) -> list[go.Figure]:
     return [loss, errors]
 
 
-def _contours(report: Report) -> go.Figure:
-    t, cost = report.source.table, report.options.cost
+def _contours(analysis: Analysis) -> go.Figure:
+    t, cost = analysis.source.table, analysis.options.cost
     flops = training_flops(t.sparsity, t.nonzero, t.tokens, cost)
     n = np.geomspace(t.nonzero.min(), t.nonzero.max(), _POINTS)
     c = np.geomspace(flops.min(), flops.max(), _POINTS)
     most = float(t.sparsity.max())
     z = [
-        [optimum(report.fit.law, y, nonzero=x, cost=cost, max_sparsity=most).sparsity for x in n]
+        [optimum(analysis.fit.law, y, nonzero=x, cost=cost, max_sparsity=most).sparsity for x in n]
         for y in c
     ]
     figure = _figure("", "non-zero weights", "training FLOPs", height=480, showlegend=False)
@@ -150,9 +153,9 @@ def _is_wide(values: np.ndarray) -> bool:
     return bool(values.min() > 0 and values.max() > 30 * values.min())
 
 
-def _histogram(report: Report, name: str) -> go.Figure:
-    values, best = report.bootstrap.values(name), getattr(report.fit.law, name)
-    low, high = report.coefficients[name]["interval"]
+def _histogram(analysis: Analysis, name: str) -> go.Figure:
+    values, best = analysis.bootstrap.values(name), getattr(analysis.fit.law, name)
+    low, high = analysis.coefficients[name]["interval"]
     label = name
     if _is_wide(values) and best > 0:
         values, best, low, high = (np.log10(x) for x in (values, best, low, high))
@@ -164,12 +167,12 @@ def _histogram(report: Report, name: str) -> go.Figure:
     return figure
 
 
-def _pair(report: Report, one: str, other: str) -> go.Figure:
+def _pair(analysis: Analysis, one: str, other: str) -> go.Figure:
     figure = _figure(f"{one} and {other}", one, other, height=280, showlegend=False)
-    x, y = report.bootstrap.values(one), report.bootstrap.values(other)
+    x, y = analysis.bootstrap.values(one), analysis.bootstrap.values(other)
     points = {"color": _BLUE, "size": 4, "opacity": 0.6}
     figure.add_scatter(x=x, y=y, mode="markers", marker=points)
-    best = {"x": [getattr(report.fit.law, one)], "y": [getattr(report.fit.law, other)]}
+    best = {"x": [getattr(analysis.fit.law, one)], "y": [getattr(analysis.fit.law, other)]}
     figure.add_scatter(**best, mode="markers", marker={"color": _RED, "size": 10, "symbol": "x"})
     figure.update_xaxes(type="log" if _is_wide(x) else "linear")
     figure.update_yaxes(type="log" if _is_wide(y) else "linear")

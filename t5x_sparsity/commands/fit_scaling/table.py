@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from t5x_sparsity.commands import CommandError, one_line
+from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.fit_scaling.options import LEAST, MOST
 from t5x_sparsity.core.names import first_few
 from t5x_sparsity.scaling.law import Table
 
 _WANTED = "sparsity, nonzero_weights (or weights), tokens, loss"
-# The columns that a table needs, any one of each line, as a message names them.
+# The columns that a table needs, as a message names them; one of each line.
 _NEEDED = {
     "nonzero_weights, nor weights": ("nonzero_weights", "weights"),
     "sparsity": ("sparsity",),
@@ -103,7 +103,7 @@ def _split(
         try:
             cells = next(csv.reader([line], delimiter=delimiter, strict=True))
         except csv.Error as e:
-            raise CommandError(f"{where}: not comma-separated values: {one_line(e)}") from None
+            raise CommandError(f"{where}: not comma-separated values: {e}") from None
         yield where, [cell.strip() for cell in cells]
 
 
