@@ -56,12 +56,11 @@ def write_page(out: epath.Path, page: str, flag: str) -> None:
         # text that was read may hold half of a surrogate pair, which UTF-8 can't encode
         draft.write_text(page.encode(errors="replace").decode(), encoding="utf-8")
         draft.replace(out)
-    except BaseException as e:
+    except OSError as e:
+        raise CommandError(f"{out} can't be written ({e}); name another by {flag}") from e
+    finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise CommandError(f"{out} can't be written ({e}); name another by {flag}") from e
-        raise
 
 
 @contextlib.contextmanager

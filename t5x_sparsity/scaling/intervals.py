@@ -1,8 +1,9 @@
-"""How far a fit of `t5x_sparsity.scaling` can be trusted: resampled tables, and held-out runs."""
+"""How far a fit can be trusted: resampled tables, and held-out runs."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,19 +31,22 @@ class Bootstrap:
         return np.array([getattr(law, name) for law in self.laws])
 
     def correlations(self) -> dict[tuple[str, str], float]:
-        """Rank correlation of each pair of coefficients, in [-1, 1]; units don't matter to it."""
-        found = {}
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ranks = [self.values(n).argsort().argsort() for n in COEFFICIENTS]
-            r = np.corrcoef(ranks) if len(self.laws) > 2 else np.zeros((7, 7))
-        for i, one in enumerate(COEFFICIENTS):
-            for j, other in enumerate(COEFFICIENTS[:i]):
-                found[other, one] = float(np.nan_to_num(r[i, j]))
-        return found
+        """Rank correlation of each pair of coefficients, in [-1, 1]; 0 for fewer than 3 laws."""
+        if len(self.laws) > 2:
+            r = np.corrcoef([self.values(n).argsort().argsort() for n in COEFFICIENTS])
+        else:
+            r = np.zeros([len(COEFFICIENTS)] * 2)
+        return {
+            (other, one): float(r[i, j])
+            for i, one in enumerate(COEFFICIENTS)
+            for j, other in enumerate(COEFFICIENTS[:i])
+        }
 
 
-def interval(values, level: float) -> tuple[float, float]:
-    """The percentile interval that holds `level` of the values, in (0, 1)."""
+def interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
+    """The percentile interval that holds `level` of the values, in (0, 1); None without values."""
+    if not len(values):
+        return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -66,37 +70,34 @@ def bootstrap(
     """
     table = table.rows(np.lexsort((table.loss, table.tokens, table.nonzero, table.sparsity)))
     random = np.random.default_rng([seed, 1])
-    laws, failed, redrawn = [], 0, 0
+    laws, redrawn = [], 0
     for _ in range(replicates):
         for _ in range(_DRAWS):
             drawn = table.rows(random.integers(len(table), size=len(table)))
             own_seed = int(random.integers(2**31))
             try:
                 found = fit(drawn, delta=delta, starts=starts, seed=own_seed, first=[best.law])
+                laws.append(found.law)
             except NotIdentifiable:
                 redrawn += 1
                 continue
             except RuntimeError:
-                failed += 1
-            else:
-                laws.append(found.law)
+                pass
             break
-        else:
-            failed += 1
-    return Bootstrap(laws=tuple(laws), failed=failed, redrawn=redrawn)
+    return Bootstrap(laws=tuple(laws), failed=replicates - len(laws), redrawn=redrawn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """How a law fitted without the largest runs predicts them.
+    """How a law fitted without the largest runs predicts them; errors are None without a fit.
 
     Attributes:
       column: 'nonzero', 'tokens' or 'sparsity', whose largest value was held out.
       value: the largest value.
       rows: held out.
-      mean_error: mean of predicted / measured - 1 over them; None where too little remains.
-      max_error: the largest |predicted / measured - 1|; None in the same case.
-      rmse: of the log residuals of the rows that were fitted; None in the same case.
+      mean_error: mean of predicted / measured - 1 over them.
+      max_error: the largest |predicted / measured - 1|.
+      rmse: of the log residuals of the rows that were fitted.
     """
 
     column: str
@@ -112,18 +113,14 @@ def hold_out(
 ) -> HeldOut:
     """Fits without the rows that have the column's largest value, and predicts those."""
     values = getattr(table, column)
-    largest = distinct(values)[-1]
+    largest = float(distinct(values)[-1])
     held = values >= largest * (1 - 1e-6)
-    result = HeldOut(column=column, value=float(largest), rows=int(held.sum()))
+    result = HeldOut(column=column, value=largest, rows=int(held.sum()))
     try:
         found = fit(table.rows(~held), delta=delta, starts=starts, seed=seed)
     except (NotIdentifiable, RuntimeError):
         return result
     out = table.rows(held)
     errors = found.law.loss(out.sparsity, out.nonzero, out.tokens) / out.loss - 1
-    return dataclasses.replace(
-        result,
-        mean_error=float(errors.mean()),
-        max_error=float(np.abs(errors).max()),
-        rmse=found.rmse,
-    )
+    mean, most = float(errors.mean()), float(np.abs(errors).max())
+    return dataclasses.replace(result, mean_error=mean, max_error=most, rmse=found.rmse)

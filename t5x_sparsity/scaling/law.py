@@ -7,27 +7,22 @@ Sparsely-Connected Foundation Models", 2023, https://arxiv.org/abs/2309.08520:
 
 of the sparsity S in [0, 1), the N weights that aren't zero, and the D tokens trained on. It is
 fitted as theirs for language models: the mean Huber loss of log(predicted) - log(measured).
-
-Four of the seven coefficients enter linearly once N and D are in units of their geometric means.
-They are fitted as they are, none below zero, the exponents as logarithms; all are then of order 1,
-which a fit in weights and tokens is not.
-
-Only arrays of numpy here, in float64; no JAX.
+Everything is float64, in numpy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import least_squares, minimize, nnls
+from scipy.optimize import Bounds, least_squares, minimize, nnls
+from scipy.special import huber
 
 COEFFICIENTS = ("a_s", "b_s", "c_s", "b_n", "a_d", "b_d", "c")
-LEVELS = 3
-ROWS = len(COEFFICIENTS) + 1
 # with smaller ones, a_d of a term that matters would be no float64
 MIN_EXPONENT, MAX_EXPONENT = 0.02, 10.0
 
@@ -37,10 +32,8 @@ _AGREES = 1e-3
 _NOTHING = 1e-6
 _LOW = np.array([0.0] * 4 + [math.log(MIN_EXPONENT)] * 3)
 _HIGH = np.array([np.inf] * 4 + [math.log(MAX_EXPONENT)] * 3)
-_TOGETHER = (
-    "the columns {} vary together, so no fit can tell apart what each does; add runs in which one "
-    "changes and the other doesn't"
-)
+# Where a method that works inside its bounds starts at the least; a loss of 0 has no logarithm.
+_FIRST_LOW = np.maximum(_LOW + 1e-9, [1e-6] * 4 + [-np.inf] * 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,18 +60,18 @@ class Law:
 
     def loss(self, sparsity, nonzero, tokens):
         """The loss, nats per token; arrays broadcast."""
-        size = self.a_s * (1 - np.asarray(sparsity)) ** self.b_s + self.c_s
         data = (self.a_d / np.asarray(tokens, float)) ** self.b_d
-        return size * np.asarray(nonzero, float) ** -self.b_n + data + self.c
+        return self._size(sparsity) * np.asarray(nonzero, float) ** -self.b_n + data + self.c
 
     def dense_equivalent(self, sparsity):
         """How many times its non-zero weights a dense model of the same loss has, 1 or more.
 
-        A sparse model of N weights that aren't zero has the loss of a dense one of N times this,
-        on the same data, whatever N is.
+        It depends on neither the size nor the data, which are the same for both.
         """
-        size = self.a_s * (1 - np.asarray(sparsity)) ** self.b_s + self.c_s
-        return ((self.a_s + self.c_s) / size) ** (1 / self.b_n)
+        return ((self.a_s + self.c_s) / self._size(sparsity)) ** (1 / self.b_n)
+
+    def _size(self, sparsity):
+        return self.a_s * (1 - np.asarray(sparsity)) ** self.b_s + self.c_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +109,7 @@ class Fit:
       starts: the fits that were started.
       agreeing: starts that ended within 0.1% of the best objective.
       failed: starts that didn't converge.
-      spread: how far coefficients of agreeing starts are apart, relative, at the most.
+      spread: the largest relative difference of a coefficient between agreeing starts.
       condition: condition number of the residuals' slopes, each scaled to length 1: large where
         coefficients can make up for each other.
       bounds: coefficients at their bound: 0, or 0.02 or 10 for exponents.
@@ -144,15 +137,7 @@ class Fit:
 
 
 class NotIdentifiable(ValueError):
-    """The table can't tell the coefficients apart; says which column is the reason.
-
-    Attributes:
-      column: 'rows', 'sparsity', 'nonzero', 'tokens', or several with ' and ' between.
-    """
-
-    def __init__(self, column: str, message: str):
-        super().__init__(message)
-        self.column = column
+    """The table can't tell the coefficients apart; the message names the columns to blame."""
 
 
 def check(table: Table) -> None:
@@ -161,33 +146,30 @@ def check(table: Table) -> None:
     Needed are 8 rows, for 7 coefficients, 3 values each of sparsity, non-zero weights and tokens,
     and that no two of them, nor all three, vary together, as tokens = 20 x weights would.
     """
-    if len(table) < ROWS:
+    rows, needed = len(table), len(COEFFICIENTS) + 1
+    if rows < needed:
         raise NotIdentifiable(
-            "rows", f"{len(table)} rows for {len(COEFFICIENTS)} coefficients; at least {ROWS}"
+            f"the table has {rows} rows for {len(COEFFICIENTS)} coefficients; at least {needed}"
         )
     for name in ("sparsity", "nonzero", "tokens"):
         found = distinct(getattr(table, name))
-        if len(found) < LEVELS:
+        if len(found) < 3:
             values = ", ".join(f"{x:.6g}" for x in found)
-            raise NotIdentifiable(name, f"too few different values, {values}; at least {LEVELS}")
+            raise NotIdentifiable(f"column {name}: too few different values, {values}; at least 3")
     scaled = _Scaled(table)
     columns = {"sparsity": scaled.u, "nonzero": scaled.n, "tokens": scaled.d}
-    names = tuple(columns)
-    for together in (("sparsity", "nonzero"), ("sparsity", "tokens"), ("nonzero", "tokens"), names):
+    for together in (*itertools.combinations(columns, 2), tuple(columns)):
         x = np.stack([columns[n] - columns[n].mean() for n in together], 1)
         singular = np.linalg.svd(x / np.linalg.norm(x, axis=0), compute_uv=False)
         if singular[-1] < 1e-2 * singular[0]:
-            both = " and ".join(together)
-            raise NotIdentifiable(both, _TOGETHER.format(both))
+            raise NotIdentifiable(
+                f"the columns {' and '.join(together)} vary together, so no fit can tell apart "
+                "what each does; add runs in which one changes and the other doesn't"
+            )
 
 
 def fit(
-    table: Table,
-    *,
-    delta: float = 1e-3,
-    starts: int = 50,
-    seed: int = 0,
-    first: Sequence[Law] = (),
+    table: Table, *, delta: float = 1e-3, starts: int = 50, seed: int = 0, first: Sequence[Law] = ()
 ) -> Fit:
     """Fits the law from many starts; the best is kept.
 
@@ -211,45 +193,41 @@ def fit(
     random, scaled = np.random.default_rng(seed), _Scaled(table)
     begin = [scaled.vector(law) for law in first] + [scaled.draw(random) for _ in range(starts)]
     ends = [x for x in (scaled.minimize(x, delta) for x in begin) if x is not None]
-    ends = [x for x in ends if np.isfinite(list(vars(scaled.law(x)).values())).all()]
+    ends = [x for x in ends if np.isfinite(dataclasses.astuple(scaled.law(x))).all()]
     if not ends:
         raise RuntimeError(f"none of {len(begin)} starts converged")
-    values = np.array([huber(scaled.residuals(x), delta).mean() for x in ends])
-    best = int(values.argmin())
+    objectives = np.array([huber(delta, scaled.residuals(x)).mean() for x in ends])
+    best = int(objectives.argmin())
     # without noise the objective is 0 but for rounding
-    agreeing = values <= values[best] * (1 + _AGREES) + 1e-12 * delta**2
-    law = scaled.law(ends[best])
-    found = [scaled.law(x) for x, same in zip(ends, agreeing, strict=True) if same]
-    found = np.array([[getattr(x, n) for n in COEFFICIENTS] for x in found])
-    most = found.max(0)
+    agreeing = objectives <= objectives[best] * (1 + _AGREES) + 1e-12 * delta**2
+    same = np.array([dataclasses.astuple(scaled.law(x)) for x in np.array(ends)[agreeing]])
+    most, law = same.max(0), scaled.law(ends[best])
     return Fit(
         law=law,
-        objective=float(values[best]),
+        objective=float(objectives[best]),
         residuals=scaled.residuals(ends[best]),
         starts=len(begin),
-        agreeing=int(agreeing.sum()),
+        agreeing=len(same),
         failed=len(begin) - len(ends),
-        spread=float(((most - found.min(0)) / np.where(most > 0, most, 1)).max()),
+        spread=float(((most - same.min(0)) / np.where(most > 0, most, 1)).max()),
         condition=scaled.condition(ends[best]),
-        bounds=tuple(n for n in COEFFICIENTS if _at_bound(n, getattr(law, n))),
+        bounds=tuple(n for n, x in vars(law).items() if _at_bound(n, x)),
     )
-
-
-def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
-    """The Huber loss: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond."""
-    size = np.abs(residuals)
-    return np.where(size <= delta, residuals**2 / 2, delta * (size - delta / 2))
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
     """The different values, in order; those within a millionth of each other are the same."""
     found = np.unique(values)
-    apart = np.diff(found) > 1e-6 * np.abs(found[1:])
-    return found[np.concatenate([[True], apart])]
+    return found[np.diff(found, prepend=-np.inf) > 1e-6 * np.abs(found)]
 
 
 class _Scaled:
-    """A table in units in which all numbers are of order 1: logarithms less their means."""
+    """A table in units in which all numbers are of order 1: logarithms less their means.
+
+    Four of the coefficients enter linearly then. They are fitted as they are, none below zero, the
+    exponents as logarithms: x is (a, k, e, c, log b_s, log b_n, log b_d) throughout, of
+    (a exp(b_s u) + k) exp(-b_n n) + e exp(-b_d d) + c.
+    """
 
     def __init__(self, table: Table):
         log_n, log_d, log_l = np.log(table.nonzero), np.log(table.tokens), np.log(table.loss)
@@ -258,7 +236,7 @@ class _Scaled:
         self.n, self.d, self.log_loss = log_n - self.n0, log_d - self.d0, log_l - self.l0
 
     def model(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Losses [rows], and their slopes [rows, 7]; x is (a, c_s, e, c, log b_s, b_n, b_d)."""
+        """Losses [rows], and their slopes [rows, 7]."""
         a, k, e, c = x[:4]
         b_s, b_n, b_d = np.exp(x[4:])
         by_s, by_n, by_d = np.exp(b_s * self.u), np.exp(-b_n * self.n), np.exp(-b_d * self.d)
@@ -280,6 +258,11 @@ class _Scaled:
         loss, slopes = self.model(x)
         return slopes / loss[:, None]
 
+    def condition(self, x: np.ndarray) -> float:
+        slopes = self.slopes(x)
+        norms = np.linalg.norm(slopes, axis=0)
+        return float(np.linalg.cond(slopes / norms)) if norms.all() else math.inf
+
     def draw(self, random: np.random.Generator) -> np.ndarray:
         """A start."""
         x = np.concatenate([np.ones(4), random.uniform(math.log(0.05), math.log(2), 3)])
@@ -291,12 +274,10 @@ class _Scaled:
     def minimize(self, x: np.ndarray, delta: float) -> np.ndarray | None:
         """The minimum that is found from x; None if none is."""
         for loss, scale in (("linear", 1.0), ("huber", delta)):
-            # the method works inside its bounds, and a loss of 0 has no logarithm
-            x = np.clip(x, _LOW + 1e-9, _HIGH - 1e-9)
-            x[:4] = np.maximum(x[:4], 1e-6)
             try:
                 found = least_squares(
-                    self.residuals, x, self.slopes, bounds=(_LOW, _HIGH), loss=loss, f_scale=scale,
+                    self.residuals, np.clip(x, _FIRST_LOW, _HIGH - 1e-9), self.slopes,
+                    bounds=(_LOW, _HIGH), loss=loss, f_scale=scale,
                     x_scale="jac", ftol=1e-12, xtol=1e-12, gtol=1e-14, max_nfev=100,
                 )  # fmt: skip
             except (ValueError, np.linalg.LinAlgError):
@@ -310,22 +291,17 @@ class _Scaled:
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
             residuals = self.residuals(x)
             pull = np.clip(residuals, -delta, delta) / len(residuals)
-            return huber(residuals, delta).mean() / delta**2, pull @ self.slopes(x) / delta**2
+            return huber(delta, residuals).mean() / delta**2, pull @ self.slopes(x) / delta**2
 
+        low = _LOW + 1e-9
         with warnings.catch_warnings():
             # SLSQP warns of steps that it clips to the bounds
             warnings.simplefilter("ignore", RuntimeWarning)
-            bounds = list(zip(_LOW + 1e-9, _HIGH, strict=True))
             found = minimize(
-                objective, np.maximum(x, _LOW + 1e-9), jac=True, method="SLSQP", bounds=bounds,
+                objective, np.maximum(x, low), jac=True, method="SLSQP", bounds=Bounds(low, _HIGH),
                 options={"maxiter": 1000, "ftol": 1e-13},
             )  # fmt: skip
         return found.x if found.success and found.fun <= objective(x)[0] else None
-
-    def condition(self, x: np.ndarray) -> float:
-        slopes = self.slopes(x)
-        norms = np.linalg.norm(slopes, axis=0)
-        return float(np.linalg.cond(slopes / norms)) if norms.all() else math.inf
 
     def law(self, x: np.ndarray) -> Law:
         a, k, e, c = np.where(x[:4] < _NOTHING, 0, x[:4]) * math.exp(self.l0)
@@ -337,6 +313,7 @@ class _Scaled:
         return Law(**dict(zip(COEFFICIENTS, map(float, found), strict=True)))
 
     def vector(self, law: Law) -> np.ndarray:
+        """The x of a law."""
         with np.errstate(over="ignore", invalid="ignore"):  # of such losses; no start then
             to_n = np.exp(-self.n0 * law.b_n)
             e = np.exp((math.log(law.a_d) - self.d0) * law.b_d) if law.a_d else 0.0
@@ -347,4 +324,4 @@ class _Scaled:
 def _at_bound(name: str, value: float) -> bool:
     if not name.startswith("b_"):
         return value == 0
-    return value < MIN_EXPONENT * 1.001 or value > MAX_EXPONENT / 1.001
+    return not MIN_EXPONENT * 1.001 <= value <= MAX_EXPONENT / 1.001

@@ -1,19 +1,18 @@
 """The sparsity that is best for given compute, by the law of `t5x_sparsity.scaling`.
 
 Training costs 6 N D times a multiplier, in FLOPs: N weights that aren't zero in the end, D tokens,
-2 FLOPs per weight and token forward and 4 backward. The multiplier says what the run spends on
-weights that it prunes later:
+2 FLOPs per weight and token forward and 4 backward. The multiplier is what weights that are pruned
+later add:
 
 - gradual: dense for the first quarter, sparsity rising as the cube of Zhu and Gupta (2017,
-  https://arxiv.org/abs/1710.01878) up to three quarters, sparse from there, each step costing what
-  it keeps. Dense weights are N / (1 - S); the average density while it rises is 1 - 3 S / 4; so
+  https://arxiv.org/abs/1710.01878) up to three quarters, sparse from there. Dense weights are
+  N / (1 - S), the average density while it rises is 1 - 3 S / 4, so
   (1/4 + 1/2 (1 - 3 S / 4)) / (1 - S) + 1/4 = 5/8 + 3/8 / (1 - S).
 - dense: every step costs what a dense model does, as on hardware that skips no zeros: 1 / (1 - S).
 - sparse: every step costs what the sparse model does: 1, as for RigL or SET with sparse updates.
 
-In u = log(1 - S) and log N the loss at given compute is a sum of exponentials of linear functions,
-some to the power b_D of such sums, so it is convex: where its slope is zero is the minimum. Where N
-is free as well, the best sparsity is the same for all compute.
+The loss at given compute is convex in u = log(1 - S) and log N, as a sum of exponentials of linear
+functions, some to the power b_D of such sums: it is least where its slope is zero.
 """
 
 from __future__ import annotations
@@ -105,10 +104,10 @@ def optimum(
 
     lowest = math.log1p(-max_sparsity)
     at_limit = slope(lowest) > 0
-    if slope(0.0) <= 0:
-        u = 0.0
-    elif at_limit:
+    if at_limit:
         u = lowest
+    elif slope(0.0) <= 0:
+        u = 0.0
     else:
         u = brentq(slope, lowest, 0.0, xtol=1e-13)
     n, tokens = run(u)
@@ -121,7 +120,7 @@ def optimum(
         tokens=float(tokens),
         loss=float(law.loss(sparsity, n, tokens)),
         dense_loss=float(law.loss(0.0, dense_n, dense_tokens)),
-        at_limit=u == lowest and at_limit,
+        at_limit=at_limit,
     )
 
 

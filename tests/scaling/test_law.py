@@ -61,7 +61,7 @@ def test_a_dense_model_of_the_equivalent_size_has_the_same_loss(sparsity, size, 
 
 
 def test_huber_by_hand():
-    found = scaling.huber(np.array([-0.5, 1.0, 3.0]), 1.0)
+    found = scaling.huber(1.0, np.array([-0.5, 1.0, 3.0]))
     np.testing.assert_allclose(found, [0.125, 0.5, 2.5])
 
 
@@ -110,7 +110,7 @@ def test_the_minimum_is_one():
     def objective(x):
         law = Law(**dict(zip(COEFFICIENTS, np.exp(x), strict=True)))
         r = np.log(law.loss(table.sparsity, table.nonzero, table.tokens) / table.loss)
-        return scaling.huber(r, 1e-3).mean() * 1e6
+        return scaling.huber(1e-3, r).mean() * 1e6
 
     assert objective(np.log(values(found.law))) == pytest.approx(found.objective * 1e6, rel=1e-9)
     options = {"maxfev": 4000, "xatol": 1e-6, "fatol": 1e-9}
@@ -230,27 +230,26 @@ def test_held_out_runs_are_predicted():
 
 
 @pytest.mark.parametrize(
-    "change, column, message",
+    "change, message",
     [
-        (lambda t: t.rows(slice(7)), "rows", "7 rows for 7 coefficients; at least 8"),
-        (lambda t: t.rows(t.sparsity < 0.7), "sparsity",
-         "too few different values, 0, 0.5; at least 3"),
-        (lambda t: dataclasses.replace(t, nonzero=np.full(48, 1e6)), "nonzero",
-         r"too few different values, 1e\+06; at least 3"),
-        (lambda t: t.rows(t.tokens > 1e9), "tokens",
-         r"too few different values, 4e\+09, 1.6e\+10; at least 3"),
-        (lambda t: dataclasses.replace(t, tokens=20 * t.nonzero), "nonzero and tokens",
-         "the columns nonzero and tokens vary together"),
-        (lambda t: dataclasses.replace(t, nonzero=1e8 * (1 - t.sparsity)), "sparsity and nonzero",
-         "the columns sparsity and nonzero vary together"),
+        (lambda t: t.rows(slice(7)), "the table has 7 rows for 7 coefficients; at least 8"),
+        (lambda t: t.rows(t.sparsity < 0.7),
+         "column sparsity: too few different values, 0, 0.5; at least 3"),
+        (lambda t: dataclasses.replace(t, nonzero=np.full(48, 1e6)),
+         r"column nonzero: too few different values, 1e\+06; at least 3"),
+        (lambda t: t.rows(t.tokens > 1e9),
+         r"column tokens: too few different values, 4e\+09, 1.6e\+10; at least 3"),
+        (lambda t: dataclasses.replace(t, tokens=20 * t.nonzero),
+         "the columns nonzero and tokens vary together, so no fit can tell apart"),
+        (lambda t: dataclasses.replace(t, nonzero=1e8 * (1 - t.sparsity)),
+         "the columns sparsity and nonzero vary together, so no fit can tell apart"),
         (lambda t: dataclasses.replace(t, tokens=20 * t.nonzero / (1 - t.sparsity)),
-         "sparsity and nonzero and tokens", "vary together, so no fit can tell apart"),
+         "the columns sparsity and nonzero and tokens vary together, so no fit can tell apart"),
     ],
 )  # fmt: skip
-def test_a_table_that_varies_too_little(change, column, message):
-    with pytest.raises(NotIdentifiable, match=message) as error:
+def test_a_table_that_varies_too_little(change, message):
+    with pytest.raises(NotIdentifiable, match=f"^{message}"):
         check(change(runs()))
-    assert error.value.column == column
     with pytest.raises(NotIdentifiable):
         fit(change(runs()), starts=1)
 

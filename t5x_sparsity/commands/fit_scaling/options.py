@@ -21,8 +21,8 @@ Fits the sparse scaling law of Frantar et al. (2023, arXiv:2309.08520),
 to a table of runs, and finds the sparsity that is best for given compute.
 
 TABLE is a file of comma-separated values (or of semicolons or tabs) whose first
-line names its columns, one run a line below; lines that start with # are passed
-over, as are other columns:
+line names its columns, one run per line below; lines that start with # are
+skipped, as are other columns:
 
   sparsity         share of the counted weights that is zero, in [0, 1)
   nonzero_weights  counted weights that aren't zero in the end

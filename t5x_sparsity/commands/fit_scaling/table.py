@@ -5,34 +5,39 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from t5x_sparsity.commands import CommandError, one_line
+from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.fit_scaling.options import LEAST, MOST
+from t5x_sparsity.core.names import first_few
 from t5x_sparsity.scaling.law import Table
 
-SIZES = ("nonzero_weights", "weights")
-COLUMNS = ("sparsity", *SIZES, "tokens", "loss")
+_WANTED = "sparsity, nonzero_weights (or weights), tokens, loss"
+# The columns that a table needs, as a message names them; one of each line.
+_NEEDED = {
+    "nonzero_weights, nor weights": ("nonzero_weights", "weights"),
+    "sparsity": ("sparsity",),
+    "tokens": ("tokens",),
+    "loss": ("loss",),
+}
+_COLUMNS = [name for names in _NEEDED.values() for name in names]
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A table and where it comes from.
+    """What a file has.
 
     Attributes:
-      path: of the file.
       table: its runs.
       size_column: 'nonzero_weights' or 'weights', whichever it has.
       unused: its other columns.
     """
 
-    path: str
     table: Table
     size_column: str
     unused: tuple[str, ...]
@@ -42,38 +47,37 @@ def read(path: str) -> Source:
     """Reads a table; every mistake in it is a CommandError that names line and column."""
     lines = _lines(path)
     if not lines:
-        raise CommandError(f"{path} is empty; its first line names the columns: {_wanted()}")
-    start, header_line = lines[0]
-    delimiter = max(_DELIMITERS, key=header_line.count)
+        raise CommandError(f"{path} is empty; its first line names the columns: {_WANTED}")
+    delimiter = max(_DELIMITERS, key=lines[0][1].count)
     rows = _split(path, lines, delimiter)
-    header = [name.strip() for name in rows[0][1]]
-    size = _check_header(path, start, header)
+    where, header = next(rows)
+    _check_header(where, header)
+    size = "weights" if "weights" in header else "nonzero_weights"
     used = ("sparsity", size, "tokens", "loss")
-    values = {name: [] for name in used}
-    for line, cells in rows[1:]:
+    values = []
+    for where, cells in rows:
         if len(cells) != len(header):
             raise CommandError(
-                f"{path}, line {line}: {len(cells)} values for {len(header)} columns, which "
+                f"{where}: {len(cells)} values for {len(header)} columns, which "
                 f"{_DELIMITERS[delimiter]} divide"
             )
-        for name in used:
-            text = cells[header.index(name)].strip()
-            values[name].append(_value(f"{path}, line {line}, column {name}", name, text))
-    arrays = {name: np.array(x) for name, x in values.items()}
-    nonzero = arrays[size] * (1 - arrays["sparsity"]) if size == "weights" else arrays[size]
-    table = Table(
-        sparsity=arrays["sparsity"], nonzero=nonzero, tokens=arrays["tokens"], loss=arrays["loss"]
+        run = dict(zip(header, cells, strict=True))
+        values.append([_value(f"{where}, column {name}", name, run[name]) for name in used])
+    sparsity, nonzero, tokens, loss = np.reshape(values, (-1, len(used))).T.copy()
+    if size == "weights":
+        nonzero = nonzero * (1 - sparsity)
+    return Source(
+        table=Table(sparsity=sparsity, nonzero=nonzero, tokens=tokens, loss=loss),
+        size_column=size,
+        unused=tuple(name for name in header if name and name not in used),
     )
-    unused = tuple(name for name in header if name and name not in used)
-    return Source(path=path, table=table, size_column=size, unused=unused)
 
 
 def _lines(path: str) -> list[tuple[int, str]]:
     """The lines that say something, with their numbers from 1."""
-    file = Path(path)
     try:
         # the mark that some programs put before UTF-8 isn't part of the first column's name
-        text = file.read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise CommandError(f"no such file: {path}") from None
     except IsADirectoryError:
@@ -92,55 +96,36 @@ def _lines(path: str) -> list[tuple[int, str]]:
 
 def _split(
     path: str, lines: Sequence[tuple[int, str]], delimiter: str
-) -> list[tuple[int, list[str]]]:
-    found = []
+) -> Iterator[tuple[str, list[str]]]:
+    """Where each line is, as a message says it, and its cells."""
     for number, line in lines:
+        where = f"{path}, line {number}"
         try:
-            cells = next(csv.reader(io.StringIO(line), delimiter=delimiter, strict=True))
+            cells = next(csv.reader([line], delimiter=delimiter, strict=True))
         except csv.Error as e:
-            raise CommandError(
-                f"{path}, line {number}: not comma-separated values: {one_line(e)}"
-            ) from None
-        found.append((number, cells))
-    return found
+            raise CommandError(f"{where}: not comma-separated values: {e}") from None
+        yield where, [cell.strip() for cell in cells]
 
 
-def _check_header(path: str, line: int, header: Sequence[str]) -> str:
-    """Returns which of the two columns of weights there is."""
-    where = f"{path}, line {line}"
-    for name in COLUMNS:
+def _check_header(where: str, header: Sequence[str]) -> None:
+    for name in _COLUMNS:
         if header.count(name) > 1:
             raise CommandError(f"{where}: {header.count(name)} columns are named {name}; keep one")
-    sizes = [name for name in SIZES if name in header]
-    if len(sizes) == 2:
+    if "weights" in header and "nonzero_weights" in header:
         raise CommandError(
             f"{where}: columns nonzero_weights and weights; keep one, as weights x (1 - sparsity) "
             "is taken for nonzero_weights"
         )
-    missing = [name for name in ("sparsity", "tokens", "loss") if name not in header]
-    if not sizes:
-        missing.insert(0, "nonzero_weights")
-    if missing:
-        name = missing[0]
-        wanted = "nonzero_weights, nor weights" if name == "nonzero_weights" else name
-        others = [x for x in header if x and x not in COLUMNS]
-        names = SIZES if name == "nonzero_weights" else (name,)
-        near = [x for n in names for x in _close(n, others)]
-        hint = f" (is {near[0]!r} meant?)" if near else ""
-        shown = ", ".join(repr(x) for x in header[:10]) + (", ..." if len(header) > 10 else "")
-        raise CommandError(
-            f"{where}: no column {wanted}{hint}. The columns are {shown}; needed are {_wanted()}"
-        )
-    return sizes[0]
-
-
-def _close(name: str, others: Sequence[str]) -> list[str]:
-    plain = {x.lower().replace("-", "_").replace(" ", "_"): x for x in others}
-    return [plain[x] for x in difflib.get_close_matches(name, plain, n=1, cutoff=0.6)]
-
-
-def _wanted() -> str:
-    return "sparsity, nonzero_weights (or weights), tokens, loss"
+    for wanted, names in _NEEDED.items():
+        if not set(names) & set(header):
+            others = [x for x in header if x not in _COLUMNS]
+            plain = {x.lower().replace("-", "_").replace(" ", "_"): x for x in others}
+            near = [x for n in names for x in difflib.get_close_matches(n, plain, n=1)]
+            hint = f" (is {plain[near[0]]!r} meant?)" if near else ""
+            shown = first_few([repr(x) for x in header], most=10)
+            raise CommandError(
+                f"{where}: no column {wanted}{hint}. The columns are {shown}; needed are {_WANTED}"
+            )
 
 
 def _value(where: str, name: str, text: str) -> float:
