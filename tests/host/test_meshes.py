@@ -90,17 +90,24 @@ def test_runs_agree_on_every_mesh():
         np.testing.assert_allclose(values, losses[1, 1], rtol=2e-3, err_msg=str(mesh))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
-def test_no_weight_moves_between_devices(optimizer):
+@pytest.mark.parametrize(
+    "optimizer, build",
+    [
+        ("adamw", tiny_t5.stacked_model),
+        pytest.param("adamw", tiny_t5.model, marks=pytest.mark.slow),
+        pytest.param("adafactor", tiny_t5.model, marks=pytest.mark.slow),
+    ],
+)
+def test_no_weight_moves_between_devices(optimizer, build):
     """The compiled steps gather what the dense step gathers, and sort nothing."""
     partitioner = tiny_t5.MeshPartitioner(1, 4)
 
     def compiled(step, state):
         return step.lower(state, tiny_t5.batch()).compile().as_text()
 
-    dense = tiny_t5.trainer(None, optimizer, partitioner)
+    dense = tiny_t5.trainer(None, optimizer, partitioner, build=build)
     base = compiled(dense._partitioned_train_step, dense.train_state)
-    sparse = tiny_t5.trainer(tiny_t5.rigl(), optimizer, partitioner)
+    sparse = tiny_t5.trainer(tiny_t5.rigl(), optimizer, partitioner, build=build)
     for name, step in sparse.train_step_variants().items():
         text = compiled(step, sparse.train_state)
         assert len(COLLECTIVE.findall(text)) <= len(COLLECTIVE.findall(base)), name

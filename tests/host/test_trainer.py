@@ -23,7 +23,7 @@ def mask_bytes(state):
 
 @pytest.fixture(scope="module")
 def trainer():
-    trainer = tiny_t5.trainer(tiny_t5.rigl())
+    trainer = tiny_t5.trainer(tiny_t5.rigl(), build=tiny_t5.model)
     yield trainer
     trainer.close()
 
@@ -274,7 +274,7 @@ def test_the_initializer_without_a_config_says_so():
 
 
 def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
-    init, _, _ = tiny_t5.initializer(tiny_t5.rigl())
+    init, _, _ = tiny_t5.initializer(tiny_t5.rigl(), build=tiny_t5.model)
     # an embed axis of 64 packs to 8 bytes, which 16 devices can't share
     rules = {"embed": "data"}
     axes = init.train_state_axes._optimizer.state.sparsity.masks
