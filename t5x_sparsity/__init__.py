@@ -43,9 +43,6 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
     from t5x_sparsity.artifacts.export import (
         load_export as load_export,
     )
-    from t5x_sparsity.core.config import (
-        SparsityConfig as SparsityConfig,
-    )
     from t5x_sparsity.core.patterns import (
         Block as Block,
         Channel as Channel,
@@ -55,6 +52,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
     )
     from t5x_sparsity.core.plan import (
         Rule as Rule,
+        SparsityConfig as SparsityConfig,
     )
     from t5x_sparsity.core.schedules import (
         Constant as Constant,
@@ -94,11 +92,10 @@ _NAMES = {
         "IterativeNM MEST Magnitude MagnitudeSTE RandomPruning RandomSTE RigL SET SNFS SRSTE "
         "SRigL Saliency Static StructureDecay TopKAST"
     ),
-    "core.config": "SparsityConfig",
     "artifacts.export": "load_export",
     "monitoring.summary": "sparsity_summary summary_table",
     "core.patterns": "Block Channel ConstantFanIn NByM Unstructured",
-    "core.plan": "Rule",
+    "core.plan": "Rule SparsityConfig",
     "t5x": (
         "SparseOptimizer SparseTrainStateInitializer checkpoint_step from_dense make_sparse "
         "sparse_trainer"

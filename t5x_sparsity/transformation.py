@@ -13,11 +13,10 @@ import optax
 from jax import lax
 
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.config import SparsityConfig
 from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, LayerPlan, Plan
 from t5x_sparsity.core.optimizer_slots import zero_slots
 from t5x_sparsity.core.patterns import Pattern
-from t5x_sparsity.core.plan import Rule, update_schedules
+from t5x_sparsity.core.plan import Rule, SparsityConfig, update_schedules
 from t5x_sparsity.core.train_step import GradientStep, SparsityState, init_state, train_step
 from t5x_sparsity.core.trees import flatten, unflatten
 

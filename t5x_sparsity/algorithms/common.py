@@ -58,9 +58,10 @@ def choose(
 ) -> dict[str, jax.Array]:
     """The masks of the units of largest score, of every weight of a plan.
 
-    >>> from t5x_sparsity.core.plan import make_plan
+    >>> import t5x_sparsity as ts
     >>> weights = {"w": jnp.array([[1.0, 4.0], [3.0, 2.0]])}
-    >>> print(choose(make_plan(weights, sparsity=0.5), weights)["w"])
+    >>> plan = ts.SparsityConfig(algorithm=ts.Static(), sparsity=0.5).plan(weights)
+    >>> print(choose(plan, weights)["w"])
     [[False  True]
      [ True False]]
 

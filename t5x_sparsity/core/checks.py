@@ -6,10 +6,7 @@ import numbers
 
 
 def check_share(name: str, value: object, *, closed: bool = True, hint: str = "") -> None:
-    """Raises ValueError unless value is a number in [0, 1], or in [0, 1) where not `closed`.
-
-    hint: ends the message, after a semicolon.
-    """
+    """Raises ValueError, with a `hint`, unless value is in [0, 1], or [0, 1) if not `closed`."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (value == 1 and not closed):  # type: ignore[operator]  # a number
         raise ValueError(
@@ -31,9 +28,6 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_integer(name: str, value: object, *, least: int, also: str = "") -> None:
-    """Raises ValueError unless value is an integer of at least `least`.
-
-    also: ends what is allowed in the message.
-    """
+    """Raises ValueError, which says what is `also` allowed, unless value is an int >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}{also}, got {value!r}")

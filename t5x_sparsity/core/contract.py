@@ -1,4 +1,4 @@
-"""The contract of an algorithm, and the pieces that several share.
+"""The contract of an algorithm.
 
 An algorithm is a frozen dataclass of configuration with pure functions. They say which masks a run
 starts with and what an update makes of them. A few algorithms also say what they remember, which
@@ -26,8 +26,7 @@ from t5x_sparsity.core.trees import Arrays as Arrays
 
 Slots = Mapping[str, Arrays]
 
-# The name of the slot that holds dense weights under a mask: the optimizer updates these.
-DENSE = "dense"
+DENSE = "dense"  # the slot of dense weights under a mask, see `Algorithm.initial_slots`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class LayerPlan:
       pattern: the shape that its zeros come in.
       sparsity: target level of every slice, in [0, 1].
       pack_axis: axis along which its mask is packed, None for one byte per weight.
-      algorithm: what decides on its mask; None where a plan is made without one.
+      algorithm: what decides on its mask.
       in_budget: whether its level comes from the run's budget, not from a rule or its pattern.
     """
 
@@ -53,7 +52,7 @@ class LayerPlan:
     pattern: Pattern
     sparsity: float
     pack_axis: int | None
-    algorithm: Algorithm | None = None
+    algorithm: Algorithm
     in_budget: bool = False
 
     @property
@@ -132,7 +131,7 @@ class Update(NamedTuple):
       masks: bool, the weights' shapes.
       key: a threefry key, another one at every step.
       forward_weights: those that the forward pass used.
-      slots: what the algorithm remembers: name -> path -> array, as from `initial_slots`.
+      slots: as from `Algorithm.initial_slots`.
       optimizer_state: the base optimizer's, a pytree, at the time of `weights`.
       paths: of all weights of the model, including other algorithms' and dense ones.
     """
@@ -235,9 +234,7 @@ class Algorithm:
     def resets(self, before: Arrays, after: Arrays) -> dict[str, jax.Array]:
         """Where a mask update zeroes the optimizer's slots: bool, by path, the weights' shapes.
 
-        Args:
-          before: the masks before the update.
-          after: the masks after it.
+        before, after: the masks before the update, and after it.
         """
         return {}
 
@@ -248,30 +245,22 @@ class Algorithm:
         return prune(weights, masks)
 
     def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
-        """The share of each weight that its mask keeps after the update at step `updated`.
+        """The share of each weight that its mask keeps, by path: Python floats in [0, 1].
 
         FLOPs, target metrics and warnings about ramps are computed from it. An algorithm whose
         level changes over a run overrides it, next to `update_masks`; here it is the target level
         throughout. Where scores decide how neurons or layers share a number, it is the even share.
 
-        Args:
-          plan: of the weights that this algorithm decides on.
-          updated: the step of the last update, on the host; None before the first.
-
-        Returns:
-          path -> a Python float in [0, 1].
+        updated: the step of the last update, on the host; None before the first.
         """
         return {path: 1 - layer.level for path, layer in plan.items()}
 
     def densities(self, density: float, step: int) -> tuple[float, float]:
-        """The shares of a weight that a train step computes with, each in [0, 1].
+        """The shares of a weight that the forward pass uses, and that its gradient is computed of.
 
         Args:
-          density: the share that the mask keeps, in [0, 1].
+          density: the share that the mask keeps, in [0, 1] as are the results.
           step: the train step, on the host.
-
-        Returns:
-          The share used by the forward pass, and the share of the weight's gradient computed.
         """
         needed = self.dense_gradients is Need.ALWAYS or (
             self.dense_gradients is Need.AT_UPDATES and bool(self.updates.is_update(step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -17,7 +17,7 @@ def uniform(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict
     Args:
       shapes: path -> shape of a slice.
       sparsity: of all weights together, in [0, 1].
-      weights: path -> weights of all slices.
+      weights: path -> number of weights, of all slices.
     """
     return {path: sparsity for path in shapes}
 
@@ -28,7 +28,7 @@ def er(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str,
     Mocanu et al. 2018, arXiv:1707.04780; as used by Evci et al. 2020, arXiv:1911.11134, section 3.
     Arguments as of `uniform`.
     """
-    return _scaled({p: _sum_over_product(s[-2:]) for p, s in shapes.items()}, sparsity, weights)
+    return _scaled({p: s[-2:] for p, s in shapes.items()}, sparsity, weights)
 
 
 def erk(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
@@ -38,14 +38,10 @@ def erk(shapes: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str
     >>> {path: round(level, 3) for path, level in levels.items()}
     {'wi': 0.519, 'wo': 0.808}
     """
-    return _scaled({p: _sum_over_product(s) for p, s in shapes.items()}, sparsity, weights)
+    return _scaled(shapes, sparsity, weights)
 
 
-DISTRIBUTIONS: dict[str, Callable[[Shapes, float, Mapping[str, int]], dict[str, float]]] = {
-    "uniform": uniform,
-    "er": er,
-    "erk": erk,
-}
+DISTRIBUTIONS = {"uniform": uniform, "er": er, "erk": erk}
 
 
 def check_distribution(name: str) -> None:
@@ -62,13 +58,10 @@ def distribute(
 ) -> dict[str, float]:
     """The sparsity of each layer, in [0, 1], such that the total over all of them is `sparsity`.
 
-    >>> distribute("uniform", {"wi": (8, 32), "wo": (32, 32)}, 0.5)
-    {'wi': 0.5, 'wo': 0.5}
-
     Args:
       name: 'uniform', 'er' or 'erk'.
-      shapes: path -> shape of one slice of the layer, without stacked dims.
-      sparsity: of all these weights together, in [0, 1].
+      shapes: path -> shape of a slice.
+      sparsity: of all weights together, in [0, 1].
       slices: path -> slices of the layer, 1 where it is missing; all get the same sparsity.
 
     Raises:
@@ -80,18 +73,13 @@ def distribute(
     return DISTRIBUTIONS[name](shapes, sparsity, weights)
 
 
-def _sum_over_product(dims: Sequence[int]) -> float:
-    return sum(dims) / math.prod(dims)
-
-
-def _scaled(
-    raw: Mapping[str, float], sparsity: float, weights: Mapping[str, int]
-) -> dict[str, float]:
-    """density = eps raw, with eps such that the total is right, and no density above 1.
+def _scaled(dims: Shapes, sparsity: float, weights: Mapping[str, int]) -> dict[str, float]:
+    """density = eps sum(dims) / prod(dims), with eps such that the total is right.
 
     A layer whose density would be above 1 is dense, together with all that tie with it, and eps is
     recomputed for the rest.
     """
+    raw = {p: sum(d) / math.prod(d) for p, d in dims.items()}
     budget = (1 - sparsity) * sum(weights.values())
     left = sorted(raw, key=lambda p: -raw[p])
     dense: set[str] = set()

@@ -1,9 +1,8 @@
 """Sums that are the same, bit for bit, in any order of their terms.
 
-The result of a float sum depends on the order of its terms, and under a mesh the order depends on
-the mesh. Scores that are sums over a block, a channel or a layer would tie on one mesh and not on
-another, and masks would differ. Here terms are rounded to 30 bits below the largest term and added
-as integers.
+A float sum depends on the order of its terms, and the order on the mesh. Scores that are sums over
+a block, a channel or a layer would tie on one mesh and not on another, and masks would differ. Here
+terms are rounded to 30 bits below the largest term and added as integers.
 """
 
 from __future__ import annotations
@@ -17,20 +16,16 @@ import jax.numpy as jnp
 BITS = 30  # per term, below the largest term of its sum
 _DIGIT = 10
 _DIGITS = 7  # for 30 bits per term and 2**40 terms
-# so many digits have a sum that fits an int32
-_TERMS = 1 << (31 - _DIGIT)
+_TERMS = 1 << (31 - _DIGIT)  # so many digits have a sum that fits an int32
 
 
 def fixed_point(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """Rounds non-negative floats to integers below 2**30, with one power of two per sum.
+    """Rounds finite, non-negative floats to integers below 2**30, with one power of two per sum.
 
-    Args:
-      x: float, finite and not negative.
-      axes: those over which `integer_sum` will sum.
+    axes: those over which `integer_sum` will sum.
 
-    Returns:
-      int32 of x's shape, and the int32 exponent, `axes` being of length 1: x is approximately
-      integer * 2**exponent.
+    Returns int32 of x's shape, and the int32 exponent, `axes` being of length 1: x is approximately
+    integer * 2**exponent.
     """
     x = x.astype(jnp.float32)
     top = jnp.max(x, axis=tuple(axes), keepdims=True)

@@ -29,10 +29,7 @@ def matrix_axes(
     >>> matrix_axes(3, names=("embed", "heads", "kv"))
     MatrixAxes(stack=(), inputs=(0,), outputs=(1, 2))
 
-    Args:
-      ndim: axes of the weight.
-      stack_axes: axes along which it is a stack of slices.
-      names: logical names of its axes, None where unknown.
+    names: logical names of the weight's axes, None where unknown.
     """
     free = [a for a in range(ndim) if a not in stack_axes]
     last = [names[a] for a in free[-2:]] if names is not None and len(names) == ndim else []

@@ -49,13 +49,11 @@ def second_moments(
 ) -> dict[str, jax.Array]:
     """The running means of squared gradients of the weights, by path.
 
-    They are the leaves under a key `nu` (optax) or `v` (Adafactor). A factored second moment does
-    not count.
+    They are the leaves under a key `nu` (optax) or `v` (Adafactor), except factored ones.
 
     Args:
-      state: the optimizer's, a pytree.
+      state, paths: as of `zero_slots`.
       weights: by path; those whose second moments are wanted.
-      paths: of all weights, including dense ones. None: those of `weights`.
 
     Raises:
       ValueError: the optimizer keeps no second moment of some weight.

@@ -24,19 +24,15 @@ def pack_axis(shape: Sequence[int], stack_axes: Sequence[int] = ()) -> int | Non
 
     The last axis is the last resort, because unpacking it would shuffle vector lanes. Of the others
     it is the one whose packed length is divisible by the largest power of two, since meshes are
-    powers of two. Of several such axes it is the last: of an attention kernel [heads, kv, embed],
-    heads are sharded and kv is not.
+    powers of two. Of several it is the last: of [heads, kv, embed], heads are sharded and kv isn't.
     """
 
     def ways(axis: int) -> int:
         length = shape[axis] // 8
         return length & -length  # the largest power of two that divides it
 
-    axes = [
-        a
-        for a in range(len(shape))
-        if a not in stack_axes and shape[a] % 8 == 0 and ways(a) >= _USUAL_SHARDS
-    ]
+    free = [a for a in range(len(shape)) if a not in stack_axes]
+    axes = [a for a in free if shape[a] % 8 == 0 and ways(a) >= _USUAL_SHARDS]
     outer = [a for a in axes if a != len(shape) - 1]
     return max(outer or axes, key=lambda a: (ways(a), a), default=None)
 

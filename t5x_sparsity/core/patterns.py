@@ -1,7 +1,7 @@
 """The shapes that the zeros of a weight come in.
 
 A pattern says which weights are kept or pruned together, its units, and how many of them a sparsity
-level keeps. Which ones depends on scores, for all weights of a model at once: see `selection.py`.
+level keeps. `selection.py` chooses which, by scores, for all weights of a model at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,120 +20,101 @@ from t5x_sparsity.core import exact_sums, topk
 from t5x_sparsity.core.checks import check_integer
 from t5x_sparsity.core.groups import group_counts
 
-
-class Pattern(Protocol):
-    """The contract of a pattern: a frozen dataclass, so that equal patterns compare equal.
-
-    `shape` is that of one slice, without stacked axes, where no `stack_axes` come with it, and the
-    whole weight's where they do.
-    """
-
-    @property
-    def relaxed(self) -> Pattern:
-        """The pattern by which weights are dropped, before growing completes this one."""
-
-    def validate(self, shape: Sequence[int]) -> None:
-        """Raises ValueError, without naming the weight, if a slice can't take this pattern."""
-
-    @property
-    def fixed_level(self) -> float | None:
-        """The sparsity that the pattern itself sets, in [0, 1]; None where it takes any."""
-
-    @property
-    def searched(self) -> bool:
-        """Whether one search over all weights finds the units that are kept.
-
-        A pattern that isn't searched is a `RankedPattern`, and is never pooled.
-        """
-
-    def units(self, shape: Sequence[int]) -> int:
-        """Units in a slice."""
-
-    def kept(self, shape: Sequence[int], sparsity: float) -> int:
-        """Units of a slice that are kept at `sparsity`, in [0, 1]."""
-
-    def pool(self, scores: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
-        """Scores of weights -> scores of units; as many axes, stacked ones untouched."""
-
-    def pool_mask(self, mask: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
-        """A mask of weights -> of units: whether any weight of a unit is marked."""
-
-    def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
-        """Axes of the whole weight, besides stacked ones, along which units compete separately."""
-
-    def sizes(self, shape: Sequence[int], stack_axes: Sequence[int]) -> jax.Array | int:
-        """Weights in every unit, int32, broadcast against the units."""
-
-    def expand(
-        self, units: jax.Array, shape: Sequence[int], stack_axes: Sequence[int]
-    ) -> jax.Array:
-        """A mask of units -> of weights."""
+Shape = Sequence[int]
+Axes = Sequence[int]
+Given = jax.Array | None  # a mask that may be given
 
 
-class RankedPattern(Pattern, Protocol):
-    """A pattern that chooses weights by itself, as NByM does, instead of by a search."""
-
-    def choose(
-        self,
-        scores: jax.Array,
-        k: int | jax.Array,
-        keep: jax.Array | None,
-        where: jax.Array | None,
-        stack_axes: Sequence[int],
-    ) -> jax.Array:
-        """The mask of what is kept, for arguments as in `selection.Choice`."""
-
-
-def is_ranked(pattern: Pattern) -> TypeGuard[RankedPattern]:
-    """Whether the pattern chooses by itself."""
-    return not pattern.searched
-
-
-def free_axes(ndim: int, stack_axes: Sequence[int]) -> list[int]:
+def free_axes(ndim: int, stack_axes: Axes) -> list[int]:
     """The axes that are not stacked."""
     return [a for a in range(ndim) if a not in stack_axes]
 
 
-def _kept(units: int, sparsity: float) -> int:
-    """max(1, round(N (1 - s))); none only where s is exactly 1."""
-    return 0 if sparsity == 1 else max(1, round(units * (1 - sparsity)))
+class Pattern:
+    """The contract of a pattern. By default units are single weights, found by one search.
 
+    A new pattern is a frozen dataclass that derives from this. `shape` is the whole weight's where
+    `stack_axes` come with it, and otherwise that of one slice, without stacked axes.
 
-class _Searched:
-    """What most patterns share: any level, and one search for the units of a slice."""
+    Attributes:
+      searched: whether one search over all weights finds the units that are kept. A pattern that
+        isn't searched has `choose`, and is never pooled.
+    """
 
-    searched = True
+    searched: bool = True
 
     @property
-    def relaxed(self: Pattern) -> Pattern:
+    def relaxed(self) -> Pattern:
+        """The pattern by which weights are dropped, before growing completes this one."""
         return self
-
-    def validate(self, shape: Sequence[int]) -> None:
-        """Any shape will do."""
 
     @property
     def fixed_level(self) -> float | None:
+        """The sparsity that the pattern itself sets, in [0, 1]; None where it takes any."""
         return None
 
-    def kept(self: Pattern, shape: Sequence[int], sparsity: float) -> int:
-        return _kept(self.units(shape), sparsity)
+    def validate(self, shape: Shape) -> None:
+        """Raises ValueError, without naming the weight, if a slice can't take this pattern."""
 
-    def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
+    def units(self, shape: Shape) -> int:
+        """Units in a slice."""
+        return math.prod(shape)
+
+    def kept(self, shape: Shape, sparsity: float) -> int:
+        """Units of a slice that are kept at `sparsity`, in [0, 1]; none only where it is 1."""
+        return 0 if sparsity == 1 else max(1, round(self.units(shape) * (1 - sparsity)))
+
+    def pool(self, scores: jax.Array, stack_axes: Axes) -> jax.Array:
+        """Scores of weights -> scores of units; as many axes, stacked ones untouched."""
+        return scores
+
+    def pool_mask(self, mask: jax.Array, stack_axes: Axes) -> jax.Array:
+        """A mask of weights -> of units: whether any weight of a unit is marked."""
+        return mask
+
+    def split_axes(self, ndim: int, stack_axes: Axes) -> tuple[int, ...]:
+        """Axes of the whole weight, besides stacked ones, along which units compete separately."""
         return ()
 
+    def sizes(self, shape: Shape, stack_axes: Axes) -> jax.Array | int:
+        """Weights in every unit, int32, broadcast against the units."""
+        return 1
 
-class _Boxes(_Searched):
-    """What patterns share whose units are boxes of weights, kept or pruned together."""
+    def expand(self, units: jax.Array, shape: Shape, stack_axes: Axes) -> jax.Array:
+        """A mask of units -> of weights."""
+        return units
 
-    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Lengths of a unit along the axes of a slice; at its edge, units may be shorter."""
+    def choose(
+        self, scores: jax.Array, k: int | jax.Array, keep: Given, where: Given, stack_axes: Axes
+    ) -> jax.Array:
+        """The mask of what is kept, for arguments as in `selection.Choice`; if not `searched`."""
         raise NotImplementedError
 
-    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+    def _whole_axis(self, axis: int, shape: Shape, stack_axes: Axes = ()) -> int:
+        """The axis of the whole weight that is `axis` of a slice; ValueError if there is none."""
+        free = free_axes(len(shape), stack_axes)
+        if not -len(free) <= axis < len(free):
+            raise ValueError(
+                f"{type(self).__name__} axis {axis} is not an axis of a slice of shape "
+                f"{tuple(shape[a] for a in free)}"
+            )
+        return free[axis]
+
+
+class _Boxes(Pattern):
+    """What patterns share whose units are boxes of weights, kept or pruned together."""
+
+    def unit_shape(self, shape: Shape, stack_axes: Axes = ()) -> tuple[int, ...]:
+        """Lengths of a unit along each axis; at the weight's edge, units may be shorter."""
+        raise NotImplementedError
+
+    def units(self, shape: Shape) -> int:
+        return math.prod(-(-n // u) for n, u in zip(shape, self.unit_shape(shape), strict=True))
+
+    def holds(self, mask: np.ndarray, stack_axes: Axes = ()) -> bool:
         """Whether a bool mask of the whole weight keeps and prunes whole units only."""
-        free = free_axes(mask.ndim, stack_axes)
         # boxes are constant if they are constant along each axis
-        for axis, length in zip(free, self.unit_shape([mask.shape[a] for a in free]), strict=True):
+        for axis, length in enumerate(self.unit_shape(mask.shape, stack_axes)):
             along = np.moveaxis(mask, axis, 0)
             starts = range(0, len(along), length) if length > 1 else ()
             units = (along[start : start + length] for start in starts)
@@ -142,50 +123,25 @@ class _Boxes(_Searched):
         return True
 
 
-class _Weights(_Searched):
-    """What patterns share whose units are single weights."""
-
-    def units(self, shape: Sequence[int]) -> int:
-        return math.prod(shape)
-
-    def pool(self, scores: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
-        return scores
-
-    def pool_mask(self, mask: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
-        return mask
-
-    def sizes(self, shape: Sequence[int], stack_axes: Sequence[int]) -> jax.Array | int:
-        return 1
-
-    def expand(
-        self, units: jax.Array, shape: Sequence[int], stack_axes: Sequence[int]
-    ) -> jax.Array:
-        return units
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unstructured(_Weights):
+class Unstructured(Pattern):
     """Any weight may be zero: the k of largest score are kept, per slice.
 
     >>> Unstructured().kept((4, 8), 0.75)
     8
     """
 
-    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+    def holds(self, mask: np.ndarray, stack_axes: Axes = ()) -> bool:
         """Always: any mask is unstructured."""
         return True
-
-
-_WHOLE_AXIS = ", with 0 for the whole axis"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block(_Boxes):
     """Blocks of `height` x `width` over a slice's last two axes are kept or pruned together.
 
-    A block's score is its weights' mean or largest |score|; a block at the edge of a weight that
-    the block's size does not divide is smaller. The k blocks of largest score are kept (Narang et
-    al. 2017, arXiv:1711.02782, section 3.1, which takes the largest).
+    A block's score is its weights' mean or largest |score| (Narang et al. 2017, arXiv:1711.02782,
+    section 3.1, takes the largest). Blocks at the edge of a weight may be smaller.
 
     >>> block = Block(height=2, width=4)
     >>> block.units((8, 16)), block.kept((8, 16), 0.75)
@@ -205,12 +161,13 @@ class Block(_Boxes):
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        check_integer("Block.height", self.height, least=0, also=_WHOLE_AXIS)
-        check_integer("Block.width", self.width, least=0, also=_WHOLE_AXIS)
+        for name in ("height", "width"):
+            also = ", with 0 for the whole axis"
+            check_integer(f"Block.{name}", getattr(self, name), least=0, also=also)
         if self.pooling not in ("mean", "max"):
             raise ValueError(f"Block.pooling must be 'mean' or 'max', got {self.pooling!r}")
 
-    def validate(self, shape: Sequence[int]) -> None:
+    def validate(self, shape: Shape) -> None:
         for name, n, size in (("height", self.height, shape[-2]), ("width", self.width, shape[-1])):
             if n > size:
                 raise ValueError(
@@ -218,60 +175,51 @@ class Block(_Boxes):
                     "a smaller block"
                 )
 
-    def units(self, shape: Sequence[int]) -> int:
-        height, width = self._block(shape)
-        return math.prod(shape[:-2]) * -(-shape[-2] // height) * -(-shape[-1] // width)
+    def unit_shape(self, shape: Shape, stack_axes: Axes = ()) -> tuple[int, ...]:
+        rows, columns = (self._whole_axis(a, shape, stack_axes) for a in (-2, -1))
+        lengths = {rows: self.height or shape[rows], columns: self.width or shape[columns]}
+        return tuple(lengths.get(a, 1) for a in range(len(shape)))
 
-    def _block(self, shape: Sequence[int]) -> tuple[int, int]:
-        return self.height or shape[-2], self.width or shape[-1]
-
-    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        _check_axis("Block", -2, shape)
-        return (*[1] * (len(shape) - 2), *self._block(shape))
-
-    def _split(
-        self, x: jax.Array, stack_axes: Sequence[int], fill: float
-    ) -> tuple[jax.Array, tuple[int, int]]:
-        """x as blocks, and the two axes within a block; smaller blocks are filled up."""
+    def _split(self, x: jax.Array, stack_axes: Axes) -> tuple[jax.Array, tuple[int, int]]:
+        """x as blocks, and the two axes within a block; smaller ones are filled up with 0."""
+        unit = self.unit_shape(x.shape, stack_axes)
         rows, columns = free_axes(x.ndim, stack_axes)[-2:]
-        height, width = self._block((x.shape[rows], x.shape[columns]))
-        for axis, n in ((columns, width), (rows, height)):  # from the last: earlier axes stay
-            blocks = -(-x.shape[axis] // n)
-            missing = blocks * n - x.shape[axis]
+        for axis in (columns, rows):  # from the last: earlier axes stay
+            blocks = -(-x.shape[axis] // unit[axis])
+            missing = blocks * unit[axis] - x.shape[axis]
             if missing:
                 pad = [(0, missing if a == axis else 0) for a in range(x.ndim)]
-                x = jnp.pad(x, pad, constant_values=fill)
-            x = x.reshape(*x.shape[:axis], blocks, n, *x.shape[axis + 1 :])
+                x = jnp.pad(x, pad)
+            x = x.reshape(*x.shape[:axis], blocks, unit[axis], *x.shape[axis + 1 :])
         return x, (rows + 1, columns + 2)
 
-    def pool(self, scores: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
-        blocks, within = self._split(jnp.abs(scores), stack_axes, 0)
+    def pool(self, scores: jax.Array, stack_axes: Axes) -> jax.Array:
+        blocks, within = self._split(jnp.abs(scores), stack_axes)
         if self.pooling == "max":
             return jnp.max(blocks, axis=within)
         total = jnp.squeeze(exact_sums.ordered_sum(blocks, within), within)
         return total / self.sizes(scores.shape, stack_axes).astype(jnp.float32)
 
-    def pool_mask(self, mask: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
-        blocks, within = self._split(mask, stack_axes, False)
+    def pool_mask(self, mask: jax.Array, stack_axes: Axes) -> jax.Array:
+        blocks, within = self._split(mask, stack_axes)
         return jnp.any(blocks, axis=within)
 
-    def sizes(self, shape: Sequence[int], stack_axes: Sequence[int]) -> jax.Array:
-        def lengths(axis: int, n: int) -> jax.Array:
-            blocks = -(-shape[axis] // n)
+    def sizes(self, shape: Shape, stack_axes: Axes) -> jax.Array:
+        unit = self.unit_shape(shape, stack_axes)
+
+        def lengths(axis: int) -> jax.Array:
+            n, blocks = unit[axis], -(-shape[axis] // unit[axis])
             length = jnp.full(blocks, n, jnp.int32).at[-1].add(shape[axis] - blocks * n)
             return length.reshape([blocks if a == axis else 1 for a in range(len(shape))])
 
         rows, columns = free_axes(len(shape), stack_axes)[-2:]
-        height, width = self._block((shape[rows], shape[columns]))
-        return lengths(rows, height) * lengths(columns, width)
+        return lengths(rows) * lengths(columns)
 
-    def expand(
-        self, units: jax.Array, shape: Sequence[int], stack_axes: Sequence[int]
-    ) -> jax.Array:
-        rows, columns = free_axes(len(shape), stack_axes)[-2:]
-        height, width = self._block((shape[rows], shape[columns]))
-        for axis, n in ((rows, height), (columns, width)):
-            units = jax.lax.slice_in_dim(jnp.repeat(units, n, axis=axis), 0, shape[axis], axis=axis)
+    def expand(self, units: jax.Array, shape: Shape, stack_axes: Axes) -> jax.Array:
+        unit = self.unit_shape(shape, stack_axes)
+        for axis in free_axes(len(shape), stack_axes)[-2:]:
+            units = jnp.repeat(units, unit[axis], axis=axis)
+            units = jax.lax.slice_in_dim(units, 0, shape[axis], axis=axis)
         return units
 
 
@@ -291,44 +239,33 @@ class Channel(_Boxes):
 
     axis: int = -1
 
-    def validate(self, shape: Sequence[int]) -> None:
-        _check_axis("Channel", self.axis, shape)
+    def validate(self, shape: Shape) -> None:
+        self._whole_axis(self.axis, shape)
 
-    def units(self, shape: Sequence[int]) -> int:
-        return shape[self.axis]
+    def unit_shape(self, shape: Shape, stack_axes: Axes = ()) -> tuple[int, ...]:
+        single = (*stack_axes, self._whole_axis(self.axis, shape, stack_axes))
+        return tuple(1 if a in single else n for a, n in enumerate(shape))
 
-    def _within(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
+    def _within(self, ndim: int, stack_axes: Axes) -> tuple[int, ...]:
         """The axes within a channel."""
         free = free_axes(ndim, stack_axes)
         return tuple(a for a in free if a != free[self.axis])
 
-    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        _check_axis("Channel", self.axis, shape)
-        within = self._within(len(shape), ())
-        return tuple(n if a in within else 1 for a, n in enumerate(shape))
-
-    def pool(self, scores: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
+    def pool(self, scores: jax.Array, stack_axes: Axes) -> jax.Array:
         return exact_sums.ordered_sum(scores, self._within(scores.ndim, stack_axes))
 
-    def pool_mask(self, mask: jax.Array, stack_axes: Sequence[int]) -> jax.Array:
+    def pool_mask(self, mask: jax.Array, stack_axes: Axes) -> jax.Array:
         return jnp.any(mask, axis=self._within(mask.ndim, stack_axes), keepdims=True)
 
-    def sizes(self, shape: Sequence[int], stack_axes: Sequence[int]) -> int:
-        return math.prod(shape[a] for a in self._within(len(shape), stack_axes))
+    def sizes(self, shape: Shape, stack_axes: Axes) -> int:
+        return math.prod(self.unit_shape(shape, stack_axes))
 
-    def expand(
-        self, units: jax.Array, shape: Sequence[int], stack_axes: Sequence[int]
-    ) -> jax.Array:
+    def expand(self, units: jax.Array, shape: Shape, stack_axes: Axes) -> jax.Array:
         return jnp.broadcast_to(units, tuple(shape))
 
 
-def _check_axis(name: str, axis: int, shape: Sequence[int]) -> None:
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"{name} axis {axis} is not an axis of a slice of shape {tuple(shape)}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConstantFanIn(_Weights):
+class ConstantFanIn(Pattern):
     """Every output neuron, along a slice's last axis, keeps the same number of weights.
 
     It is k = max(1, round((1 - s) fan_in)) (Lasby et al. 2023, arXiv:2305.02299, section 3).
@@ -342,13 +279,13 @@ class ConstantFanIn(_Weights):
         # dropping leaves no neuron more than it had; growing gives each its k again
         return Unstructured()
 
-    def kept(self, shape: Sequence[int], sparsity: float) -> int:
-        return shape[-1] * _kept(math.prod(shape[:-1]), sparsity)
+    def kept(self, shape: Shape, sparsity: float) -> int:
+        return shape[-1] * super().kept(shape[:-1], sparsity)
 
-    def split_axes(self, ndim: int, stack_axes: Sequence[int]) -> tuple[int, ...]:
+    def split_axes(self, ndim: int, stack_axes: Axes) -> tuple[int, ...]:
         return (free_axes(ndim, stack_axes)[-1],)
 
-    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+    def holds(self, mask: np.ndarray, stack_axes: Axes = ()) -> bool:
         """Whether all neurons of a slice with any weight keep the same number."""
         *inputs, neurons = free_axes(mask.ndim, stack_axes)
         counts = np.count_nonzero(mask, axis=tuple(inputs), keepdims=True)
@@ -356,12 +293,12 @@ class ConstantFanIn(_Weights):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NByM(_Weights):
+class NByM(Pattern):
     """In every group of `m` consecutive weights along `axis`, the `n` of largest score are kept.
 
-    The level is 1 - n/m, whatever level is asked for. While a schedule ramps to it, more than n of
-    a group are kept. Sparse tensor cores multiply 2:4 along the reduction axis (Mishra et al. 2021,
-    arXiv:2104.08378, section 3).
+    The level is 1 - n/m; while a schedule ramps to it, more than n of a group are kept. Sparse
+    tensor cores multiply 2:4 along the reduction axis (Mishra et al. 2021, arXiv:2104.08378,
+    section 3).
 
     >>> NByM(n=2, m=4).fixed_level
     0.5
@@ -387,8 +324,8 @@ class NByM(_Weights):
         # no group has more than n, so dropping needs no groups; growing restores n in each
         return Unstructured()
 
-    def validate(self, shape: Sequence[int]) -> None:
-        _check_axis("NByM", self.axis, shape)
+    def validate(self, shape: Shape) -> None:
+        self._whole_axis(self.axis, shape)
         if shape[self.axis] % self.m:
             raise ValueError(
                 f"{self.n}:{self.m} needs axis {self.axis} to be a multiple of {self.m}, but it "
@@ -399,25 +336,17 @@ class NByM(_Weights):
     def fixed_level(self) -> float:
         return 1 - self.n / self.m
 
-    def kept(self, shape: Sequence[int], sparsity: float) -> int:
+    def kept(self, shape: Shape, sparsity: float) -> int:
         return math.prod(shape) // self.m * self.n
 
-    def holds(self, mask: np.ndarray, stack_axes: Sequence[int] = ()) -> bool:
+    def holds(self, mask: np.ndarray, stack_axes: Axes = ()) -> bool:
         """Whether every group keeps exactly n."""
-        free = free_axes(mask.ndim, stack_axes)
-        _check_axis("NByM", self.axis, [mask.shape[a] for a in free])
-        axis = free[self.axis]
-        if mask.shape[axis] % self.m:
-            return False
-        return bool((group_counts(mask, axis, self.m) == self.n).all())
+        axis = self._whole_axis(self.axis, mask.shape, stack_axes)
+        whole = mask.shape[axis] % self.m == 0
+        return whole and bool((group_counts(mask, axis, self.m) == self.n).all())
 
     def choose(
-        self,
-        scores: jax.Array,
-        k: int | jax.Array,
-        keep: jax.Array | None,
-        where: jax.Array | None,
-        stack_axes: Sequence[int],
+        self, scores: jax.Array, k: int | jax.Array, keep: Given, where: Given, stack_axes: Axes
     ) -> jax.Array:
         """The largest of every group, those of `keep` first, and only those of `where` or `keep`.
 
@@ -425,8 +354,7 @@ class NByM(_Weights):
         """
         free = free_axes(scores.ndim, stack_axes)
         axis = free[self.axis]
-        groups_of_slice = math.prod(scores.shape[a] for a in free) // self.m
-        n = -(-k // groups_of_slice)
+        n = -(-k // (math.prod(scores.shape[a] for a in free) // self.m))
         if not isinstance(n, int) and n.ndim:  # one number per slice
             inner = [a if a <= axis else a + 1 for a in free]
             n = jnp.expand_dims(n, (*inner, axis + 1))
@@ -445,8 +373,7 @@ class NByM(_Weights):
             tied = (one_tier == tier) & (one == groups)
             before = (one_tier > tier) | ((one_tier == tier) & (one > groups))
             rank += (before | (tied & (j < place))).astype(jnp.int32)
-        chosen = (rank < n) & (tier > 0)
-        return chosen.reshape(scores.shape)
+        return ((rank < n) & (tier > 0)).reshape(scores.shape)
 
 
 BuiltIn = Unstructured | Block | Channel | ConstantFanIn | NByM
@@ -467,7 +394,7 @@ def from_text(text: str) -> BuiltIn | None:
     >>> from_text("Channel(axis=-2)")
     Channel(axis=-2)
     """
-    known = {cls.__name__: cls for cls in (Unstructured, Block, Channel, ConstantFanIn, NByM)}
+    known: dict[str, type[BuiltIn]] = {cls.__name__: cls for cls in get_args(BuiltIn)}
     try:
         call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:

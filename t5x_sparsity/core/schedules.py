@@ -1,15 +1,15 @@
 """When masks change, to which level, and how much of a mask is swapped.
 
 Steps are 0-based: the update at step t is made by the train step that takes `state.step` from t to
-t + 1. Every function takes a Python integer or a traced one, so that the host picks the compiled
-step by the same rule that the step itself follows.
+t + 1. Steps may be Python integers or traced, so that the host picks the compiled step by the same
+rule that the step itself follows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import jax
@@ -22,8 +22,8 @@ from t5x_sparsity.core.checks import check_integer, check_positive, check_share
 StepValue = int | jax.Array
 
 
-class UpdateSchedule(Protocol):
-    """The steps at which masks are updated. A schedule is hashable, and equal to one like it."""
+class UpdateSchedule(Hashable, Protocol):
+    """The steps at which masks are updated. Schedules are hashable, and compare by their fields."""
 
     def is_update(self, step: StepValue) -> bool | jax.Array:
         """Whether masks change at `step`: bool, or a bool array for an array."""
@@ -37,8 +37,6 @@ class UpdateSchedule(Protocol):
     @property
     def last(self) -> int | None:
         """The step of the last update, None if there is none."""
-
-    def __hash__(self) -> int: ...
 
 
 # Steps to the next update where there is none.
@@ -97,11 +95,6 @@ def resolve_step(
     return min(start_step + round(value * (total_steps - start_step)), max(total_steps - 1, 0))
 
 
-def _check_start_step(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"start_step must be a step, an integer of at least 0, got {value!r}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Periodic:
     """Updates at begin, begin + period, ..., and at end even where it is not one of these.
@@ -117,8 +110,8 @@ class Periodic:
       end: last update step, likewise.
       period: steps from one update to the next, an int >= 1.
       total_steps: the step at which the run ends; needed where begin or end is a share.
-      start_step: the step at which the run starts: above 0 where it continues from a checkpoint of
-        another run. Shares are of the steps from here on, and no update comes before.
+      start_step: the step at which the run starts, above 0 where it continues another run. Shares
+        are of the steps from here on, and no update comes before.
 
     Raises:
       ValueError: an argument out of range, a share without total_steps, end before begin.
@@ -132,7 +125,8 @@ class Periodic:
 
     def __post_init__(self) -> None:
         start = self.start_step
-        _check_start_step(start)
+        check_integer("start_step", start, least=0)
+        check_integer("period (MASK_UPDATE_PERIOD)", self.period, least=1)
         begin = resolve_step(self.begin, self.total_steps, "begin (MASK_UPDATE_BEGIN)", start)
         end = resolve_step(self.end, self.total_steps, "end (MASK_UPDATE_END)", start)
         if end < start:
@@ -141,7 +135,6 @@ class Periodic:
                 "MASK_UPDATE_END to a later step, or to a share of the run"
             )
         begin = max(begin, start)
-        check_integer("period (MASK_UPDATE_PERIOD)", self.period, least=1)
         if end < begin:
             raise ValueError(
                 f"mask updates would end at step {end} before they begin at step {begin}; set "
@@ -155,10 +148,8 @@ class Periodic:
         return int(self.end)  # an int since __post_init__
 
     def is_update(self, step: StepValue) -> bool | jax.Array:
-        on_grid = (
-            (self.begin <= step) & (step <= self.end) & ((step - self.begin) % self.period == 0)
-        )
-        return on_grid | (step == self.end)
+        grid = (self.begin <= step) & (step <= self.end) & ((step - self.begin) % self.period == 0)
+        return grid | (step == self.end)
 
     def progress(self, step: StepValue) -> jax.Array:
         return _progress(step, int(self.begin), self.last)
@@ -178,8 +169,7 @@ class OneShot:
 
     Attributes:
       step: of the update, an int >= 0, or a float in [0, 1]: a share of the run.
-      total_steps: as for `Periodic`.
-      start_step: as for `Periodic`.
+      total_steps, start_step: as for `Periodic`.
     """
 
     step: int | float
@@ -187,7 +177,7 @@ class OneShot:
     start_step: int = 0
 
     def __post_init__(self) -> None:
-        _check_start_step(self.start_step)
+        check_integer("start_step", self.start_step, least=0)
         step = resolve_step(self.step, self.total_steps, "step", self.start_step)
         object.__setattr__(self, "step", step)
 
@@ -255,7 +245,7 @@ class Never:
     start_step: int = 0
 
     def __post_init__(self) -> None:
-        _check_start_step(self.start_step)
+        check_integer("start_step", self.start_step, least=0)
 
     @property
     def last(self) -> None:
@@ -273,19 +263,16 @@ class Never:
 
 
 def _progress(step: StepValue, begin: int, end: int) -> jax.Array:
-    share = (jnp.asarray(step, jnp.int32) - begin).astype(jnp.float32) / np.float32(
-        max(end - begin, 1)
-    )
+    passed = (jnp.asarray(step, jnp.int32) - begin).astype(jnp.float32)
+    share = passed / np.float32(max(end - begin, 1))
     return jnp.where(jnp.asarray(step) >= end, np.float32(1), jnp.clip(share, 0, 1))
 
 
-class ValueSchedule(Protocol):
+class ValueSchedule(Hashable, Protocol):
     """A number over the progress of mask updates, hashable as an `UpdateSchedule` is."""
 
     def __call__(self, progress: jax.Array) -> jax.Array:
         """The float32 value at `progress` in [0, 1]."""
-
-    def __hash__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,8 +307,7 @@ class Polynomial:
     [0.0, 0.875, 1.0]
 
     Attributes:
-      initial: value at progress 0, in [0, 1].
-      final: value at progress 1, in [0, 1].
+      initial, final: values at progress 0 and 1, in [0, 1].
       power: above 0.
     """
 
@@ -350,8 +336,7 @@ class Cosine:
     [0.3, 0.15, 0.0]
 
     Attributes:
-      initial: value at progress 0, in [0, 1].
-      final: value at progress 1, in [0, 1].
+      initial, final: values at progress 0 and 1, in [0, 1].
     """
 
     initial: float
@@ -376,8 +361,7 @@ class Exponential:
     [1.0, 0.0821, 0.0]
 
     Attributes:
-      initial: value at progress 0, in [0, 1].
-      final: value at progress 1, in [0, 1].
+      initial, final: values at progress 0 and 1, in [0, 1].
       rate: above 0; at a rate of 5 only 1% of the way is left when progress reaches 1.
     """
 
@@ -391,9 +375,8 @@ class Exponential:
         check_positive("Exponential.rate", self.rate)
 
     def __call__(self, progress: jax.Array) -> jax.Array:
-        value = self.final + (self.initial - self.final) * jnp.exp(
-            -np.float32(self.rate) * progress
-        )
+        left = jnp.exp(-np.float32(self.rate) * progress)
+        value = self.final + (self.initial - self.final) * left
         return jnp.where(progress >= 1, np.float32(self.final), value)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.core import topk
-from t5x_sparsity.core.patterns import Pattern, free_axes, is_ranked
+from t5x_sparsity.core.patterns import Pattern, free_axes
 from t5x_sparsity.core.stacking import equal_keys
 
 
@@ -38,41 +39,29 @@ class Choice(NamedTuple):
 
 
 def select_masks(choices: Mapping[str, Choice]) -> dict[str, jax.Array]:
-    """The mask of every weight, all found in one search.
-
-    Args:
-      choices: by path.
-
-    Returns:
-      path -> bool, the weight's shape.
-    """
-    stacks = stack_alike(choices)
-    found: dict[int, jax.Array] = {}
-    searched = [n for n, (_, c) in enumerate(stacks) if c.pattern.searched]
-    ranked = [n for n in range(len(stacks)) if n not in searched]
-    if ranked:
-        scores = topk.materialize([stacks[n][1].scores for n in ranked])
-        for n, once in zip(ranked, scores, strict=True):
-            c = stacks[n][1]
-            if is_ranked(c.pattern):
-                found[n] = c.pattern.choose(once, c.k, c.keep, c.where, c.stack_axes)
-    if searched:
-        units = [_stack_parts(_pool(stacks[n][1])) for n in searched]
-        missing = [_missing(choice) for choice in units]
-        chosen = topk.top_k_masks(
-            [choice.scores for choice in units],
-            [k for k, _ in missing],
-            where=[where for _, where in missing],
-            stack_axes=[choice.stack_axes for choice in units],
-        )
-        for n, choice, mask in zip(searched, units, chosen, strict=True):
-            mask = mask if choice.keep is None else mask | choice.keep
-            found[n] = _expand(stacks[n][1], mask)
-    masks: dict[str, jax.Array] = {}
-    for n, (paths, _) in enumerate(stacks):
-        mask = found[n]
-        masks |= {paths[0]: mask} if len(paths) == 1 else {p: mask[i] for i, p in enumerate(paths)}
-    return {path: masks[path] for path in choices}
+    """The mask of every weight, by path: bool, the weight's shape. All are found in one search."""
+    ranked = stack_alike({p: c for p, c in choices.items() if not c.pattern.searched})
+    scores = topk.materialize([c.scores for _, c in ranked])
+    masks = [
+        c.pattern.choose(once, c.k, c.keep, c.where, c.stack_axes)
+        for once, (_, c) in zip(scores, ranked, strict=True)
+    ]
+    searched = stack_alike({p: c for p, c in choices.items() if c.pattern.searched})
+    units = [_stack_parts(_pool(c)) for _, c in searched]
+    missing = [_missing(c) for c in units]
+    chosen = topk.top_k_masks(
+        [c.scores for c in units],
+        [k for k, _ in missing],
+        where=[where for _, where in missing],
+        stack_axes=[c.stack_axes for c in units],
+    )
+    for (_, whole), c, mask in zip(searched, units, chosen, strict=True):
+        mask = mask if c.keep is None else mask | c.keep
+        masks.append(whole.pattern.expand(mask, whole.scores.shape, whole.stack_axes))
+    found: dict[str, jax.Array] = {}
+    for (paths, _), mask in zip([*ranked, *searched], masks, strict=True):
+        found |= {paths[0]: mask} if len(paths) == 1 else {p: mask[i] for i, p in enumerate(paths)}
+    return {path: found[path] for path in choices}
 
 
 def stack_alike(
@@ -80,8 +69,7 @@ def stack_alike(
 ) -> list[tuple[list[str], Choice]]:
     """Stacks choices that differ in values only, along a new first axis.
 
-    All choices share their passes over scores. Stacks keep the compiled program small, however many
-    layers a model has.
+    Stacks keep the compiled program small, however many layers a model has.
 
     Args:
       choices: by path.
@@ -111,39 +99,18 @@ def _stack(alike: list[Choice]) -> Choice:
     if not all(isinstance(c.k, int) and c.k == k for c in alike):
         stacked = tuple(first.scores.shape[a] for a in sorted(axes))
         k = jnp.stack([jnp.broadcast_to(jnp.asarray(c.k, jnp.int32), stacked) for c in alike])
-    return first._replace(
-        scores=jnp.stack([c.scores for c in alike]),
-        k=k,
-        stack_axes=(0, *(a + 1 for a in axes)),
-        where=_stack_given([c.where for c in alike]),
-        keep=_stack_given([c.keep for c in alike]),
-    )
-
-
-def _stack_given(masks: Sequence[jax.Array | None]) -> jax.Array | None:
-    """The masks as one stack; None where they are None, as all are then."""
-    given = [mask for mask in masks if mask is not None]
-    return jnp.stack(given) if given else None
-
-
-class JointSearch(Protocol):
-    """A search over all tensors together, such as `lamp.lamp_masks`."""
-
-    def __call__(
-        self,
-        scores: Sequence[jax.Array],
-        k: topk.Count | int | jax.Array,
-        *,
-        where: Sequence[jax.Array | None],
-        sizes: Sequence[jax.Array | int],
-        stack_axes: Sequence[Sequence[int]],
-        order: Sequence[Sequence[int]],
-    ) -> list[jax.Array]:
-        """The mask of each tensor."""
+    # a mask that is None for one is None for all
+    arrays = [(c.scores, c.where, c.keep) for c in alike]
+    scores, where, keep = jax.tree.map(lambda *each: jnp.stack(each), *arrays)
+    stack_axes = (0, *(a + 1 for a in axes))
+    return first._replace(scores=scores, k=k, stack_axes=stack_axes, where=where, keep=keep)
 
 
 def select_jointly(
-    choices: Mapping[str, Choice], k: topk.Count | int, *, search: JointSearch | None = None
+    choices: Mapping[str, Choice],
+    k: topk.Count | int,
+    *,
+    search: Callable[..., list[jax.Array]] | None = None,
 ) -> dict[str, jax.Array]:
     """The masks of the units of largest score over all weights together.
 
@@ -154,7 +121,8 @@ def select_jointly(
     Args:
       choices: by path; `keep` is not supported.
       k: how many weights to keep, of those without a fixed level.
-      search: what finds them. None: `topk.joint_top_k_masks`.
+      search: what finds them: `topk.joint_top_k_masks` where it is None, or a function of the same
+        arguments and of each tensor's `stack_axes`, such as `lamp.lamp_masks`.
 
     Raises:
       ValueError: a pattern that chooses within parts of a slice, and so can't share one threshold.
@@ -172,17 +140,17 @@ def select_jointly(
     stacks = stack_alike(rest, single=True)
     units = [_pool(choice) for _, choice in stacks]
     position = {path: n for n, path in enumerate(rest)}
-    scores = [choice.scores for choice in units]
-    where = [choice.where for choice in units]
-    sizes = [c.pattern.sizes(c.scores.shape, c.stack_axes) for _, c in stacks]
-    order = [[position[p] for p in paths] for paths, _ in stacks]
-    if search is None:
-        found = topk.joint_top_k_masks(scores, k, where=where, sizes=sizes, order=order)
-    else:
-        axes = [choice.stack_axes for choice in units]
-        found = search(scores, k, where=where, sizes=sizes, stack_axes=axes, order=order)
+    axes = [c.stack_axes for c in units]
+    find = topk.joint_top_k_masks if search is None else functools.partial(search, stack_axes=axes)
+    found = find(
+        [c.scores for c in units],
+        k,
+        where=[c.where for c in units],
+        sizes=[c.pattern.sizes(c.scores.shape, c.stack_axes) for _, c in stacks],
+        order=[[position[p] for p in paths] for paths, _ in stacks],
+    )
     for (paths, choice), mask in zip(stacks, found, strict=True):
-        mask = _expand(choice, mask)
+        mask = choice.pattern.expand(mask, choice.scores.shape, choice.stack_axes)
         masks |= {p: mask[i] for i, p in enumerate(paths)}
     return {path: masks[path] for path in choices}
 
@@ -190,20 +158,11 @@ def select_jointly(
 def _pool(choice: Choice) -> Choice:
     """The choice with scores and masks of units instead of weights."""
     pattern, axes = choice.pattern, choice.stack_axes
-
-    def pooled(mask: jax.Array | None) -> jax.Array | None:
-        return None if mask is None else pattern.pool_mask(mask, axes)
-
     return choice._replace(
         scores=pattern.pool(choice.scores, axes),
-        where=pooled(choice.where),
-        keep=pooled(choice.keep),
+        where=None if choice.where is None else pattern.pool_mask(choice.where, axes),
+        keep=None if choice.keep is None else pattern.pool_mask(choice.keep, axes),
     )
-
-
-def _expand(choice: Choice, units: jax.Array) -> jax.Array:
-    """The mask of weights for one of units."""
-    return choice.pattern.expand(units, choice.scores.shape, choice.stack_axes)
 
 
 def _stack_parts(choice: Choice) -> Choice:

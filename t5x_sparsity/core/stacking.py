@@ -36,9 +36,8 @@ def map_stacked(
 
     Args:
       plan: of the weights; results are in its order.
-      function: called with the plan of one of the weights and a stack of each of their `arrays`,
-        along a new first axis. It must treat all entries of that axis alike, and return such a
-        stack.
+      function: of the plan of one of the weights, and of a stack of each of their `arrays` along a
+        new first axis. It must treat all entries of that axis alike, and return such a stack.
       arrays: by path, for every weight of the plan.
     """
 
@@ -69,8 +68,4 @@ def pack_stacked(plan: Plan, masks: Arrays) -> dict[str, jax.Array]:
 
 def unpack_stacked(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
     """`packing.unpack` of every weight's stored mask."""
-
-    def unpack(layer: LayerPlan, stack: jax.Array) -> jax.Array:
-        return packing.unpack(stack, (stack.shape[0], *layer.shape))
-
-    return map_stacked(plan, unpack, stored)
+    return map_stacked(plan, lambda layer, x: packing.unpack(x, (len(x), *layer.shape)), stored)

@@ -3,10 +3,9 @@
 A score is mapped to an unsigned key of the same order, and the key is cut into 16-bit digits. The
 digits of the k-th largest key are found one bit per pass, the most significant first. A pass
 counts, in place, how many digits reach a candidate. Under a sharded `jit` that is a local reduction
-and one all-reduce of one number per selection. A mask marks the keys above the k-th, so the search
-stores nothing per weight but the digits it reads. The same search over flat indices resolves ties,
-only where there are any. All arithmetic is on integers, so the masks are the same, bit for bit, on
-every mesh and platform.
+and one all-reduce of one number per selection. A mask marks the keys above the k-th. The same
+search over flat indices resolves ties, only where there are any. All arithmetic is on integers, so
+the masks are the same, bit for bit, on every mesh and platform.
 
 The order is that of a stable descending sort: larger scores first, equal scores (0.0 and -0.0 are
 equal) by lower flat index, infinities as numbers, and NaN after everything else.
@@ -37,9 +36,7 @@ _FORMATS = {
 
 
 class Count(NamedTuple):
-    """A number of weights below 2**47, as high * 2**16 + low, without 64-bit integers.
-
-    A selection over a whole model may span more weights than an int32 can count.
+    """A number of weights below 2**47, more than an int32 can count, as high * 2**16 + low.
 
     Attributes:
       high: int32.
@@ -96,7 +93,7 @@ def top_k_mask(
     where: jax.Array | None = None,
     stack_axes: Sequence[int] = (),
 ) -> jax.Array:
-    """The mask of the k largest scores, or of the k largest of every slice.
+    """The mask of the k largest scores, or of the k largest of every slice: bool, of their shape.
 
     >>> print(top_k_mask(jnp.array([0.5, 2.0, 1.0, 2.0]), 2))
     [False  True False  True]
@@ -110,9 +107,6 @@ def top_k_mask(
         May be traced. k above the number of candidates keeps them all.
       where: bool, shape of `scores`; only these are candidates. None: all are.
       stack_axes: axes along which selections are independent, such as scanned layers or experts.
-
-    Returns:
-      bool, shape of `scores`.
 
     Raises:
       TypeError: scores of another dtype, or a k that is no integer.
@@ -130,14 +124,7 @@ def top_k_masks(
 ) -> list[jax.Array]:
     """`top_k_mask` of several tensors in one search: they share its passes, not a threshold.
 
-    Args:
-      scores: the tensors.
-      k: for each, how many to keep.
-      where: for each, its candidates, or None for all.
-      stack_axes: for each, the axes along which its selections are independent.
-
-    Returns:
-      For each, its mask: bool, the tensor's shape.
+    Each argument has an entry per tensor, as for `top_k_mask`, and so has the result.
     """
     scores = materialize(scores)
     where = [None] * len(scores) if where is None else where
@@ -148,16 +135,10 @@ def top_k_masks(
         if not own:
             continue
         layout = Layout([scores[i].shape for i in own], [stack_axes[i] for i in own], joint=False)
-        needs = layout.gather([_per_slice(k[i], scores[i].shape, stack_axes[i]) for i in own])
+        needs = layout.gather([Count.of(k[i]) for i in own])
         found = _select([scores[i] for i in own], needs, [where[i] for i in own], layout)
         masks |= dict(zip(own, found, strict=True))
     return [masks[i] for i in range(len(scores))]
-
-
-def _per_slice(k: int | jax.Array, shape: Sequence[int], stack_axes: Sequence[int]) -> Count:
-    """k as one number per slice of a tensor, in the shape of its stacked dims."""
-    stacked = tuple(shape[a] for a in sorted(a % len(shape) for a in stack_axes))
-    return Count(*(jnp.broadcast_to(c, stacked) for c in Count.of(k)))
 
 
 def joint_top_k_masks(
@@ -171,17 +152,17 @@ def joint_top_k_masks(
     """The masks of the k largest scores over all tensors together.
 
     Ties go to the earlier tensor, then to the lower flat index. Tensors of mixed dtypes are
-    compared as float32. k may be a `Count` where more than 2**31 weights are spanned.
+    compared as float32.
 
     Args:
       scores: the tensors, with one entry per unit: a weight, or several kept or pruned together.
-      k: how many weights to keep.
+      k: how many weights to keep; a `Count` where they may be 2**31 or more.
       where: for each tensor, its candidates, or None for all.
       sizes: for each tensor, how many weights its units hold, int32, broadcast against it. None: 1.
         Units are kept, the largest first, until they hold at least k weights.
       order: if given, each entry of `scores` is a stack of tensors along its first axis, and this
-        holds the position of each of them, from 0, in the order by which ties are resolved. None:
-        they are single tensors, in this order.
+        holds the place of each, from 0, in the order by which ties are resolved. None: they are
+        single tensors, in this order.
     """
     if not scores:
         return []
@@ -199,10 +180,9 @@ def materialize(scores: Sequence[jax.Array]) -> list[jax.Array]:
 
     XLA's `InstructionFusion` copies the computation of a score into each kernel that reads it, and
     each copy may round differently, by fused multiply-adds. A search would then not find what it
-    has counted. The result of a loop is never copied that way. An optimization barrier doesn't
-    help: `OptimizationBarrierExpander` removes it before XLA fuses. XLA must not see that the loop
-    never runs, or `WhileLoopSimplifier` removes it. So it runs once where there is a NaN, and then
-    replaces NaN by NaN.
+    has counted. The result of a loop is never copied that way, but an optimization barrier is
+    removed before XLA fuses (`OptimizationBarrierExpander`). `WhileLoopSimplifier` must not see
+    that the loop never runs. So it runs once where there is a NaN, and then replaces NaN by NaN.
 
     Raises:
       TypeError: scores that are not float32, bfloat16 or float16.
@@ -225,9 +205,9 @@ def materialize(scores: Sequence[jax.Array]) -> list[jax.Array]:
 class Layout:
     """Where each tensor's selections are in the vector of all selections.
 
-    There is one selection per slice of a tensor. Where they are `joint` there is a single one over
-    everything; an entry may then count for several weights, and ties are resolved in the `order` of
-    the slices.
+    There is one selection per slice of a tensor, or, where they are `joint`, a single one over
+    everything. An entry may then count for several weights (`sizes`), and ties are resolved in the
+    `order` of the slices.
     """
 
     def __init__(
@@ -240,29 +220,17 @@ class Layout:
         order: Sequence[Sequence[int]] | None = None,
     ):
         self.joint = joint
-        self.order = None if order is None else np.concatenate([np.asarray(o) for o in order])
+        self.order = None if order is None else np.concatenate(order)
         self.shapes = [tuple(shape) for shape in shapes]
         self.unit_sizes = [1] * len(shapes) if sizes is None else list(sizes)
         self.stack_axes = [
             tuple(sorted(a % len(shape) for a in axes))
             for shape, axes in zip(shapes, stack_axes, strict=True)
         ]
-        self.stacked = [
-            tuple(shape[a] for a in axes)
-            for shape, axes in zip(shapes, self.stack_axes, strict=True)
-        ]
-        self.keepdims = [
-            tuple(n if a in axes else 1 for a, n in enumerate(shape))
-            for shape, axes in zip(shapes, self.stack_axes, strict=True)
-        ]
-        self.reduced = [
-            tuple(a for a in range(len(shape)) if a not in axes)
-            for shape, axes in zip(shapes, self.stack_axes, strict=True)
-        ]
-        self.sizes = [math.prod(s) for s in self.stacked]
-        self.slices = [
-            tuple(shape[a] for a in axes) for shape, axes in zip(shapes, self.reduced, strict=True)
-        ]
+        each = list(zip(self.shapes, self.stack_axes, strict=True))
+        self.keepdims = [tuple(n if a in axes else 1 for a, n in enumerate(s)) for s, axes in each]
+        self.reduced = [tuple(a for a in range(len(s)) if a not in axes) for s, axes in each]
+        self.slices = [tuple(n for a, n in enumerate(s) if a not in axes) for s, axes in each]
         for selected in self.slices:
             if math.prod(selected) >= 1 << 31:
                 raise ValueError(
@@ -272,10 +240,10 @@ class Layout:
 
     def gather(self, numbers: Sequence[Count]) -> Count:
         """One vector of what each tensor has: a scalar, or one number per slice."""
-        parts = [
-            [jnp.broadcast_to(c, stacked).reshape(-1) for c in n]
-            for n, stacked in zip(numbers, self.stacked, strict=True)
-        ]
+        parts = []
+        for number, shape, axes in zip(numbers, self.shapes, self.stack_axes, strict=True):
+            stacked = [shape[a] for a in axes]
+            parts.append([jnp.broadcast_to(c, stacked).reshape(-1) for c in number])
         return Count(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
 
     def spread(self, vector: jax.Array) -> list[jax.Array]:
@@ -283,27 +251,23 @@ class Layout:
         if self.joint:
             return [vector.reshape((1,) * len(shape)) for shape in self.keepdims]
         out, start = [], 0
-        for size, shape in zip(self.sizes, self.keepdims, strict=True):
+        for shape in self.keepdims:
+            size = math.prod(shape)
             out.append(lax.slice(vector, (start,), (start + size,)).reshape(shape))
             start += size
         return out
 
     def count(self, flags: Sequence[jax.Array]) -> Count:
         """How many flags are set in each selection."""
+        each = zip(flags, self.stack_axes, self.reduced, self.unit_sizes, strict=True)
         counts = [
             _count(f, stacked, axes)
             if type(size) is int and size == 1
             else jnp.sum(jnp.where(f, size, 0), axis=axes, dtype=jnp.int32)
-            for f, stacked, axes, size in zip(
-                flags, self.stack_axes, self.reduced, self.unit_sizes, strict=True
-            )
+            for f, stacked, axes, size in each
         ]
         count = Count.of(jnp.concatenate([c.reshape(-1) for c in counts]))
         return count.sum() if self.joint else count
-
-    def separate(self) -> Layout:
-        """The same tensors with one selection per slice."""
-        return Layout(self.shapes, self.stack_axes, joint=False, sizes=self.unit_sizes)
 
 
 def _count(flags: jax.Array, stack_axes: Sequence[int], reduced: Sequence[int]) -> jax.Array:
@@ -321,10 +285,7 @@ def _count(flags: jax.Array, stack_axes: Sequence[int], reduced: Sequence[int]) 
 
 
 def _select(
-    scores: Sequence[jax.Array],
-    needs: Count,
-    where: Sequence[jax.Array | None],
-    layout: Layout,
+    scores: Sequence[jax.Array], needs: Count, where: Sequence[jax.Array | None], layout: Layout
 ) -> list[jax.Array]:
     """The masks of the `needs` largest of every selection; scores must be materialized."""
 
@@ -348,8 +309,8 @@ def _select(
             yield _places(s.shape, axes, places_width)
 
     def last_of_ties() -> list[jax.Array]:
-        ties, separate = tied(), layout.separate()
-        left = found.left
+        ties, left = tied(), found.left
+        separate = Layout(layout.shapes, layout.stack_axes, joint=False, sizes=layout.unit_sizes)
         if layout.joint:
             left = _share_in_order(left, separate.count(ties), layout.order)
         place = [jnp.where(t, p, jnp.uint32(0)) for t, p in zip(ties, places(), strict=True)]
@@ -360,12 +321,8 @@ def _select(
 
     several = jnp.any((found.threshold > 0) & found.more)
     lasts = lax.cond(several, last_of_ties, every_tie)
-    return [
-        (key > limit) | (tie & (place >= last))
-        for key, limit, tie, place, last in zip(
-            keys(), limits, tied(), places(), lasts, strict=True
-        )
-    ]
+    each = zip(keys(), limits, tied(), places(), lasts, strict=True)
+    return [(key > limit) | (tie & (place >= last)) for key, limit, tie, place, last in each]
 
 
 def _share_in_order(needs: Count, available: Count, positions: np.ndarray | None) -> Count:
@@ -379,17 +336,11 @@ def _share_in_order(needs: Count, available: Count, positions: np.ndarray | None
 
 
 class _Found(NamedTuple):
-    """The result of a search, one entry per selection.
+    """The result of a search, one entry per selection."""
 
-    Attributes:
-      threshold: the largest key that enough keys reach; 0 where too few are above 0.
-      left: how many of the keys equal to it are wanted.
-      more: bool, whether more keys than that equal it.
-    """
-
-    threshold: jax.Array
-    left: Count
-    more: jax.Array
+    threshold: jax.Array  # the largest key that enough keys reach; 0 where too few are above 0
+    left: Count  # how many of the keys equal to it are wanted
+    more: jax.Array  # bool, whether more keys than that equal it
 
 
 def _search(keys: Sequence[jax.Array], needs: Count, layout: Layout, width: int) -> _Found:
@@ -409,11 +360,9 @@ def _search(keys: Sequence[jax.Array], needs: Count, layout: Layout, width: int)
         for k, t in zip(keys, limits, strict=True)
     ]
     last = _digit_search(digits, left, layout, _DIGIT_BITS)
-    equal = Count(
-        *(
-            jnp.where(last.threshold > 0, *c)  # all keys of the first digit reach a second of 0
-            for c in zip(last.equal, first.equal - last.above, strict=True)
-        )
+    # all keys of the first digit reach a second of 0
+    equal: Count = jax.tree.map(
+        lambda *c: jnp.where(last.threshold > 0, *c), last.equal, first.equal - last.above
     )
     left = left - last.above
     threshold = first.threshold.astype(jnp.uint32) << _DIGIT_BITS
@@ -422,17 +371,11 @@ def _search(keys: Sequence[jax.Array], needs: Count, layout: Layout, width: int)
 
 
 class _Digit(NamedTuple):
-    """A digit that was found, one entry per selection.
+    """A digit that was found, one entry per selection."""
 
-    Attributes:
-      threshold: the digit, uint16.
-      reached: how many digits are at least it.
-      above: how many are larger.
-    """
-
-    threshold: jax.Array
-    reached: Count
-    above: Count
+    threshold: jax.Array  # the digit, uint16
+    reached: Count  # how many digits are at least it
+    above: Count  # how many are larger
 
     @property
     def equal(self) -> Count:
@@ -445,20 +388,13 @@ def _digit_search(digits: Sequence[jax.Array], needs: Count, layout: Layout, bit
 
     def raise_bit(i: jax.Array, found: _Digit) -> _Digit:
         candidates = found.threshold | (jnp.uint16(1) << jnp.asarray(bits - 1 - i, jnp.uint16))
-        counts = layout.count(
-            [d >= c for d, c in zip(digits, layout.spread(candidates), strict=True)]
-        )
+        limits = layout.spread(candidates)
+        counts = layout.count([d >= c for d, c in zip(digits, limits, strict=True)])
         enough = counts.reaches(needs)
-
-        def either(yes: Count, no: Count) -> Count:
-            return Count(*(jnp.where(enough, *pair) for pair in zip(yes, no, strict=True)))
-
         # the last candidate that too few reach is the next digit above the threshold
-        return _Digit(
-            jnp.where(enough, candidates, found.threshold),
-            either(counts, found.reached),
-            either(found.above, counts),
-        )
+        higher, same = _Digit(candidates, counts, found.above), found._replace(above=counts)
+        found = jax.tree.map(lambda *x: jnp.where(enough, *x), higher, same)
+        return found
 
     none = Count(jnp.zeros_like(needs.high), jnp.zeros_like(needs.low))
     start = _Digit(jnp.zeros(needs.low.shape, jnp.uint16), none, none)

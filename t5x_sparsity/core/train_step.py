@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.config import SparsityConfig
 from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Plan, Slots, Update, prune
-from t5x_sparsity.core.plan import by_algorithm, update_schedules
+from t5x_sparsity.core.plan import SparsityConfig, by_algorithm, update_schedules
 from t5x_sparsity.core.schedules import StepValue
 from t5x_sparsity.core.stacking import pack_stacked, unpack_stacked
 
@@ -24,8 +23,12 @@ _KEY_IMPL = "threefry2x32"
 # The slot of the weights that have ever been kept, stored as masks are.
 EXPLORED = "explored"
 
-# Takes weights, their gradients and its state; returns weights and state.
+# (weights, grads, its state) -> (weights, its state)
 GradientStep = Callable[[Arrays, Arrays, Any], tuple[Arrays, Any]]
+
+# An algorithm whose masks may change in a step, the plan of its weights, and whether they do change
+# now: bool, which may be traced. None where there is one schedule only, so that they do.
+_Due = tuple[Algorithm, Plan, bool | jax.Array | None]
 
 
 class SparsityState(NamedTuple):
@@ -34,8 +37,7 @@ class SparsityState(NamedTuple):
     Attributes:
       masks: path -> stored mask, uint8 (see `packing.py`); sparse weights only.
       rng: uint32 [2], data of the threefry key that every random choice derives from.
-      slots: name -> path -> what an algorithm remembers of a weight, such as 'dense'; empty for
-        most. Each has its weight's axes.
+      slots: name -> path -> what an algorithm remembers of a weight, with the weight's axes.
     """
 
     masks: Arrays
@@ -49,8 +51,6 @@ def init_state(
     """The state a run starts from.
 
     Args:
-      config: of the run.
-      plan: of the sparse weights.
       weights: at least the sparse ones, by path.
       trained: whether they come from a dense checkpoint. Masks that would start at random then
         keep the largest.
@@ -87,11 +87,15 @@ def forward_weights(
 ) -> dict[str, jax.Array]:
     """All weights as the model sees them at `step`; those with a dense slot are read from it."""
     weights = {**weights, **state.slots.get(DENSE, {})}
-    masks = _unpacked(plan, state.masks)
+    return _forward(plan, weights, _unpacked(plan, state.masks), jnp.asarray(step, jnp.int32))
+
+
+def _forward(plan: Plan, weights: Arrays, masks: Arrays, step: jax.Array) -> dict[str, jax.Array]:
+    seen = dict(weights)
     for algorithm, part in by_algorithm(plan):
-        own = in_this_plan(weights, part)
-        weights |= algorithm.forward(part, own, masks, jnp.asarray(step, jnp.int32))
-    return weights
+        own = in_this_plan(seen, part), in_this_plan(masks, part)
+        seen |= algorithm.forward(part, *own, step)
+    return seen
 
 
 def _unpacked(plan: Plan, stored: Arrays) -> dict[str, jax.Array]:
@@ -129,19 +133,15 @@ def train_step(
 ) -> Step:
     """One train step: the base optimizer's, with sparsity around it.
 
-    First comes the gradient phase, then the mask phase if masks are due, then the weights that the
-    model sees next.
+    The gradient phase comes first, then the mask phase if masks are due.
 
     Args:
-      plan: of the sparse weights.
-      state: of sparsity, before the step.
       step: int32 scalar, the train step.
       weights: all, by path, as the forward pass used them.
       grads: all, by path, dense.
       optimizer_state: the base optimizer's, a pytree.
-      gradient_step: the base optimizer: (weights, grads, its state) -> (weights, its state).
-      updates_masks: whether masks of any algorithm are due. Where algorithms have different
-        schedules, the step itself finds out which are due.
+      gradient_step: of the base optimizer.
+      updates_masks: whether masks of any algorithm are due; of which ones, the step finds out.
     """
     step = jnp.asarray(step, jnp.int32)
     dense = state.slots.get(DENSE, {})
@@ -158,46 +158,27 @@ def train_step(
     )
     due = _due(plan, step) if updates_masks else []
     whole = _gradient_phase(plan, whole, gradient_step, due)
-    found = _Masks(state.masks, whole.masks, whole.slots, {})
-    if updates_masks:
-        found = _mask_phase(plan, whole, state, due)
-
-    slots = _merged(found.slots, {DENSE: in_this_plan(whole.weights, dense)})
     seen = dict(whole.weights)
+    reset: dict[str, jax.Array] = {}
+    stored, masks, slots = state.masks, whole.masks, whole.slots
     if updates_masks:
+        stored, masks, slots, reset = _mask_phase(plan, whole, state, due)
         # a weight that comes back starts at 0, unless its dense value has been kept
         seen |= prune({p: seen[p] for p in plan if p not in dense}, whole.masks)
-    for algorithm, part in by_algorithm(plan):
-        own, masks = in_this_plan(seen, part), in_this_plan(found.masks, part)
-        seen |= algorithm.forward(part, own, masks, step + 1)
+    slots = _merged(slots, {DENSE: in_this_plan(whole.weights, dense)})
     return Step(
-        weights=seen,
+        weights=_forward(plan, seen, masks, step + 1),
         optimizer_state=whole.optimizer_state,
-        state=state._replace(masks=found.stored, slots=slots),
-        alive={p: found.masks[p] & whole.masks[p] for p in plan},
-        reset=found.reset,
+        state=state._replace(masks=stored, slots=slots),
+        alive={p: masks[p] & whole.masks[p] for p in plan},
+        reset=reset,
     )
-
-
-class _Due(NamedTuple):
-    """An algorithm whose masks may change in a step.
-
-    Attributes:
-      algorithm: the algorithm.
-      part: the plan of its weights.
-      now: bool, which may be traced, whether they do. None where there is one schedule only, so
-        that they do.
-    """
-
-    algorithm: Algorithm
-    part: Plan
-    now: bool | jax.Array | None
 
 
 def _due(plan: Plan, step: jax.Array) -> list[_Due]:
     one_schedule = len(update_schedules(plan)) == 1
     return [
-        _Due(algorithm, part, None if one_schedule else algorithm.updates.is_update(step))
+        (algorithm, part, None if one_schedule else algorithm.updates.is_update(step))
         for algorithm, part in by_algorithm(plan)
         if algorithm.updates.last is not None
     ]
@@ -208,8 +189,8 @@ def _gradient_phase(
 ) -> Update:
     """Shows the gradients to the algorithms, and takes the base optimizer's step.
 
-    Returns `whole`, of all weights, with the weights, slots and optimizer state after the step. An
-    algorithm that is due may take the gradient step's place, for all weights.
+    Returns `whole` with the weights, slots and optimizer state after the step. An algorithm that is
+    due may take the step's place, for all weights.
     """
     visible = dict(whole.grads)
     for algorithm, part in by_algorithm(plan):
@@ -217,7 +198,7 @@ def _gradient_phase(
         whole = whole._replace(slots=slots)
         visible |= algorithm.gradients(part, _seen_by(part, whole))
 
-    replacing = [d.now for d in due if d.algorithm.replaces_gradient_step]
+    replacing = [now for algorithm, _, now in due if algorithm.replaces_gradient_step]
     conditions = [now for now in replacing if now is not None]
     if len(conditions) < len(replacing):  # one replaces it in every mask update
         return whole
@@ -229,19 +210,12 @@ def _gradient_phase(
     return whole._replace(weights=dict(after[0]), optimizer_state=after[1])
 
 
-class _Masks(NamedTuple):
-    """Masks after a step, as they are stored and as bool; slots; and resets, see `Step`."""
-
-    stored: Arrays
-    masks: Arrays
-    slots: Slots
-    reset: dict[str, jax.Array]
-
-
-def _mask_phase(plan: Plan, whole: Update, state: SparsityState, due: list[_Due]) -> _Masks:
+def _mask_phase(
+    plan: Plan, whole: Update, state: SparsityState, due: list[_Due]
+) -> tuple[Arrays, Arrays, Slots, dict[str, jax.Array]]:
     """Updates the masks that are due, and the slots that go with them.
 
-    whole: of all weights, as the gradient phase leaves it.
+    Returns the masks, as they are stored and as bool; the slots; and `Step.reset`.
     """
     before = unpack_stacked(plan, state.masks)
     new, slots = dict(before), whole.slots
@@ -258,13 +232,13 @@ def _mask_phase(plan: Plan, whole: Update, state: SparsityState, due: list[_Due]
     for algorithm, part, now in due:
         own = algorithm.resets(in_this_plan(whole.masks, part), in_this_plan(after, part))
         reset |= own if now is None else {p: x & now for p, x in own.items()}
-    return _Masks(stored, after, slots, reset)
+    return stored, after, slots, reset
 
 
 def _update_if(
     now: bool | jax.Array | None, algorithm: Algorithm, part: Plan, update: Update
 ) -> tuple[Arrays, Slots]:
-    """An algorithm's masks and slots after the step; see `_Due.now`."""
+    """An algorithm's masks and slots after the step; now: as in `_Due`."""
 
     def updated() -> tuple[Arrays, Slots]:
         masks = algorithm.update_masks(part, update)
@@ -279,15 +253,12 @@ def _update_if(
 
 
 def _materialize(stored: Arrays, step: jax.Array) -> dict[str, jax.Array]:
-    """The same masks as arrays in memory, computed once.
+    """The same masks as arrays in memory, computed once, as by `topk.materialize`.
 
-    XLA's `InstructionFusion` would otherwise copy the end of the selection into each kernel that
-    reads a mask, and make separate kernels for every weight, because each reads another part of a
-    stack. The result of a loop is never copied that way. That holds even for a loop that never
-    runs, if `WhileLoopSimplifier` can't tell. An optimization barrier is removed before XLA fuses.
-
-    The result is for reading within the step. What the step returns must be `stored` itself: XLA
-    for TPU fails where donated masks are read next to the masks that replace them.
+    Otherwise each kernel that reads a mask would have its own copy of the end of the selection, and
+    no two weights the same kernel, as each is another part of a stack. The loop never runs, but
+    XLA can't tell. What the step returns must be `stored` itself: XLA for TPU fails where donated
+    masks are read next to the masks that replace them.
     """
 
     def never(i: jax.Array, masks: Arrays) -> dict[str, jax.Array]:

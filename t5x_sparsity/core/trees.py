@@ -22,9 +22,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     >>> flatten({"mlp": {"wi": 1, "wo": 2}, "layers": [3]})
     {'layers/0': 3, 'mlp/wi': 1, 'mlp/wo': 2}
 
-    Args:
-      tree: any pytree.
-      is_leaf: what else counts as a leaf, as in `jax.tree.leaves`.
+    is_leaf: what else counts as a leaf, as in `jax.tree.leaves`.
 
     Raises:
       ValueError: two leaves have the same path, because a key holds a '/'.

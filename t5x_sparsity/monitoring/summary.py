@@ -98,7 +98,7 @@ def summarize(
 
 def is_global(layer: LayerPlan) -> bool:
     """Whether a weight shares one threshold with others, and so has no target level."""
-    return layer.in_budget and layer.algorithm is not None and layer.algorithm.is_global
+    return layer.in_budget and layer.algorithm.is_global
 
 
 def sparsity_summary(params: Any, state: Any) -> list[LayerSummary]:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from t5x_sparsity import host
-from t5x_sparsity.core.config import SparsityConfig
+from t5x_sparsity.core.plan import SparsityConfig
 from t5x_sparsity.t5x.checkpoints import check_sources
 from t5x_sparsity.t5x.optimizer import (
     SparseOptimizer,

@@ -16,9 +16,9 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_sparsity import host
-from t5x_sparsity.core.config import SparsityConfig
 from t5x_sparsity.core.contract import DENSE, Plan
 from t5x_sparsity.core.optimizer_slots import zero_slots
+from t5x_sparsity.core.plan import SparsityConfig
 from t5x_sparsity.core.train_step import SparsityState, forward_weights, init_state, train_step
 from t5x_sparsity.core.trees import flatten, unflatten
 from t5x_sparsity.t5x.checkpoints import SPARSITY, check_leaves, check_masks_will_change

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import assert_moves_no_weight, collectives, mesh, put, quick_jit
+from plans import make_plan
 from selection_oracles import oracle
 
 from t5x_sparsity.algorithms import SET, Dense, Magnitude, RigL, Static, Update
 from t5x_sparsity.algorithms.common import choose, random_scores, scheduled_kept
 from t5x_sparsity.core.patterns import NByM
-from t5x_sparsity.core.plan import Rule, make_plan
+from t5x_sparsity.core.plan import Rule
 from t5x_sparsity.core.schedules import Constant, Cosine, Listed, OneShot, Periodic, Polynomial
 
 UPDATES = Periodic(begin=1, end=6, period=2)  # at 1, 3, 5 and 6

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 from meshes import quick_jit
+from plans import make_plan
 
 import t5x_sparsity as ts
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.optimizer_slots import zero_slots
-from t5x_sparsity.core.plan import Rule, make_plan
+from t5x_sparsity.core.plan import Rule
 
 NOW = ts.OneShot(step=0)
 

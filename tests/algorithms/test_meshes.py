@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import assert_moves_no_weight, collectives, mesh, put
+from plans import make_plan
 
 import t5x_sparsity as ts
 from t5x_sparsity.algorithms import Update
-from t5x_sparsity.core.plan import make_plan
 
 UPDATES = ts.Periodic(begin=1, end=9, period=4)
 HALF = ts.Constant(value=0.5)

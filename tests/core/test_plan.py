@@ -3,11 +3,12 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from plans import make_plan
 
 from t5x_sparsity.algorithms import Dense, Magnitude, RigL, Static
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.patterns import Block, Channel, ConstantFanIn, NByM, Unstructured
-from t5x_sparsity.core.plan import Rule, check_level, make_plan
+from t5x_sparsity.core.plan import Rule, SparsityConfig
 from t5x_sparsity.core.schedules import OneShot
 
 BLOCK = {
@@ -264,11 +265,10 @@ def test_rule_errors(kwargs, message):
         Rule(**kwargs)
 
 
-def test_check_level():
-    check_level(0, "x")
-    check_level(1, "x", closed=True)
-    with pytest.raises(ValueError, match=r"x must be a number in \[0, 1\), got 1;"):
-        check_level(1, "x")
+def test_only_a_rule_may_prune_everything():
+    assert [Rule(path="x", sparsity=s).sparsity for s in (0, 1)] == [0, 1]
+    with pytest.raises(ValueError, match=r"sparsity .* must be a number in \[0, 1\), got 1;"):
+        SparsityConfig(algorithm=Static(), sparsity=1)
 
 
 def test_a_pattern_of_fixed_level_stays_outside_the_budget():
@@ -292,7 +292,7 @@ def test_a_rule_has_its_own_algorithm():
     # the algorithm leaves a weight in the shared budget
     assert plan["encoder/layers_0/mlp/wo/kernel"].sparsity == 0.9
     assert "decoder/logits_dense/kernel" in plan
-    assert all(x.algorithm is None for x in plan_of().values())
+    assert all(x.algorithm == run for x in plan_of().values())
 
 
 def test_dense_rules_and_dense_runs():

@@ -240,9 +240,9 @@ def test_no_update_comes_before_the_start():
 
 @pytest.mark.parametrize("start", [-1, 0.5, True, "10"])
 def test_start_must_be_a_step(start):
-    with pytest.raises(ValueError, match="start_step must be a step, an integer of at least 0"):
+    with pytest.raises(ValueError, match="start_step must be an integer of at least 0, got"):
         Periodic(begin=0, end=10, period=1, start_step=start)
-    with pytest.raises(ValueError, match="start_step must be a step, an integer of at least 0"):
+    with pytest.raises(ValueError, match="start_step must be an integer of at least 0, got"):
         OneShot(step=3, start_step=start)
 
 

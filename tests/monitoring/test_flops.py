@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import quick_jit
+from plans import make_plan
 
 import t5x_sparsity as ts
 from t5x_sparsity.algorithms import choose, magnitudes, scheduled_kept
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.plan import make_plan
 from t5x_sparsity.core.train_step import init_state, train_step
 from t5x_sparsity.monitoring import flops
 from t5x_sparsity.monitoring.mask_metrics import scheduled_sparsities

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshes import assert_moves_no_weight, mesh, put, quick_jit
+from plans import make_plan
 
 import t5x_sparsity as ts
 from t5x_sparsity.core import packing, schedules
-from t5x_sparsity.core.plan import make_plan
 from t5x_sparsity.core.train_step import EXPLORED, init_state, train_step
 from t5x_sparsity.monitoring import flops
 from t5x_sparsity.monitoring.mask_metrics import (

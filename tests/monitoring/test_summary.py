@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 from meshes import quick_jit
+from plans import make_plan
 
 from t5x_sparsity import (
     Block,
@@ -18,7 +19,6 @@ from t5x_sparsity import (
     sparsity_summary,
 )
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.plan import make_plan
 from t5x_sparsity.monitoring.summary import (
     TOTAL,
     LayerSummary,

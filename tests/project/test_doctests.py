@@ -9,7 +9,7 @@ import pytest
 
 import t5x_sparsity as ts
 from t5x_sparsity import algorithms, core, monitoring, transformation
-from t5x_sparsity.core import distributions, packing, plan, topk
+from t5x_sparsity.core import distributions, packing, topk
 
 
 def modules_of(package):
@@ -31,7 +31,7 @@ WITH_EXAMPLE = [
     *(ts.Unstructured, ts.NByM, ts.Block, ts.Channel, ts.ConstantFanIn),
     *(ts.Periodic, ts.OneShot, ts.Listed, ts.Never),
     *(ts.Constant, ts.Cosine, ts.Polynomial, ts.Exponential),
-    *(topk.top_k_mask, packing.pack, plan.make_plan),
+    *(topk.top_k_mask, packing.pack),
     *(distributions.uniform, distributions.erk, algorithms.choose),
 ]
 
