@@ -16,10 +16,16 @@ COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?
 
 # the embedded host, whose time is CI's, takes a mesh of each kind
 MESHES = [
-    pytest.param(name, marks=[tiny_t5.t5x_only] if name in ("4x1", "2x2") else [])
-    for name in fixed_update.MESHES
-    if name != "1x1"
+    pytest.param("1x4", marks=pytest.mark.slow),
+    pytest.param("4x1", marks=tiny_t5.t5x_only),
+    pytest.param("4x1-2d", marks=pytest.mark.slow),
+    pytest.param("2x2", marks=tiny_t5.t5x_only),
+    "2x2-2d",
 ]
+
+
+def test_every_mesh_is_tried():
+    assert {"1x1", *(getattr(m, "values", [m])[0] for m in MESHES)} == set(fixed_update.MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -76,6 +76,7 @@ def test_the_state_keeps_its_structure(trainer):
     assert state._optimizer.optimizer_def.step_kind is None
 
 
+@pytest.mark.slow
 def test_compiled_ahead_of_time_it_trains_the_same():
     def final(compile_first):
         trainer = tiny_t5.trainer(tiny_t5.rigl())
