@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, and hypothesis without chance."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -21,6 +22,10 @@ if _CACHE not in os.environ:
     _OWN_CACHE = os.environ[_CACHE] = tempfile.mkdtemp(prefix="t5x_sparsity_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Tracing makes many objects that stay. To look through them for cycles at the usual pace takes a
+# twentieth of all time.
+gc.set_threshold(200_000, 20, 100)
 
 from hypothesis import settings
 

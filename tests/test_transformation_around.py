@@ -76,6 +76,7 @@ def test_inside_other_optimizers(wrap):
     assert int(find_state(state).inner[0].count) == 3
 
 
+@pytest.mark.slow
 def test_scan_jit_and_neither_agree():
     tx = sparsify(optax.sgd(0.1, momentum=0.9), RIGL, sparsity=0.75)
     params, state = start(tx)

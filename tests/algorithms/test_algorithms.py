@@ -147,6 +147,7 @@ def test_contract(name):
         assert "dense_by_erk" not in moved and "none_left" not in moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rigl", "magnitude"])
 def test_without_jit(name):
     plan = {p: the_plan()[p] for p in ("one_left", "two_of_four")}

@@ -34,6 +34,7 @@ SMALL_SHAPES = {
 FAMILIES = ("granet", "magnitude", "snfs", "top_kast", "acdc", "mest", "global_magnitude")
 
 
+@pytest.mark.slow
 @settings(max_examples=5, phases=[Phase.generate])  # an example costs its compilation
 @given(
     name=st.sampled_from(FAMILIES),
@@ -60,6 +61,7 @@ def test_every_algorithm_has_a_row():
     assert {type(x) for x in ALGORITHMS.values()} == classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "dense"])
 def test_types_stay(name):
     case = case_of(name)

@@ -44,6 +44,7 @@ def draw(seed, paths):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bit_for_bit_on_a_mesh(name):
     algorithm, pattern, paths = CASES[name]

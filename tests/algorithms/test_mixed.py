@@ -61,6 +61,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 def test_each_weight_does_as_it_would_alone():
     config = ts.SparsityConfig(
         algorithm=ts.Static(), sparsity=0.75, rules=list(RULES.values()), seed=3

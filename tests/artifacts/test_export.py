@@ -508,6 +508,7 @@ def small_decoder():
     return config, weights, kept
 
 
+@pytest.mark.slow
 def test_the_example_infers_what_the_dense_model_does(tmp_path, example, small_decoder):
     config, weights, kept = small_decoder
     path = tmp_path / "x.safetensors"

@@ -111,6 +111,7 @@ def test_a_stack_is_as_its_slices(pattern):
         np.testing.assert_array_equal(mask[:, i], alone(scores[:, i]))
 
 
+@pytest.mark.slow
 @every_pattern
 def test_the_same_without_jit_and_in_every_dtype(pattern):
     scores = draw(3)

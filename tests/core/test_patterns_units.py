@@ -282,6 +282,7 @@ def joint():
     return quick_jit(run)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.integers(0, 220), st.booleans(), st.booleans())
 @settings(max_examples=40)
 def test_jointly_by_units_of_several_sizes(seed, k, barred, nan):
@@ -364,6 +365,7 @@ def test_jointly_refuses_what_chooses_part_by_part():
         select_jointly(choices, 3)
 
 
+@pytest.mark.slow
 def test_equal_units_tie_on_every_mesh():
     """Units of the same terms in another order are equal, whatever devices add them up."""
     rng = np.random.default_rng(4)

@@ -234,6 +234,7 @@ def train_on_mesh(partitions, dims):
     return losses, kernel.sharding.shard_shape(kernel.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.local_device_count() != 8, reason="needs 8 devices, as conftest.py sets")
 def test_meshes_train_alike():
     first, whole = train_on_mesh(1, 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from forked_commands import run_module
 from xla_flags import QUICK_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,17 +71,19 @@ def write_run(tmp_path, method="rigl", model="decoder_tiny", more=""):
     return path
 
 
-def command(run_file, model_dir, *bindings, steps=8, module="t5x_sparsity.train"):
-    """The command line that trains up to `steps`."""
+def flags(run_file, model_dir, *bindings, steps=8):
+    """The flags of a command that trains up to `steps`."""
     return [
-        sys.executable,
-        "-m",
-        module,
         f"--gin_file={run_file}",
         f"--gin.MODEL_DIR='{model_dir}'",
         f"--gin.TRAIN_STEPS={steps}",
         *(f"--gin.{b}" for b in bindings),
     ]
+
+
+def command(*arguments, module="t5x_sparsity.train", **kwargs):
+    """The command line of `flags`."""
+    return [sys.executable, "-m", module, *flags(*arguments, **kwargs)]
 
 
 def environment(devices=1, more_flags=""):
@@ -94,16 +97,10 @@ def environment(devices=1, more_flags=""):
     }
 
 
-def run(*arguments, devices=1, **kwargs):
-    """The finished process of `command`; its output has both streams."""
-    return subprocess.run(
-        command(*arguments, **kwargs),
-        env=environment(devices, QUICK_COMPILE),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+def run(*arguments, devices=1, module="t5x_sparsity.train", **kwargs):
+    """The finished process of `command`; its stdout has both streams."""
+    env = environment(devices, QUICK_COMPILE)
+    return run_module(module, flags(*arguments, **kwargs), env, merged=True)
 
 
 def saved(model_dir, step):

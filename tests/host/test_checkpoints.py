@@ -100,6 +100,7 @@ def test_shares_are_of_the_steps_after_the_dense_checkpoint(tmp_path, dense):
         assert (end[f"target/{path}"][~kept] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_run_from_dense_resumes_exactly(tmp_path, dense):
     restore = restore_dense(dense[0] / "checkpoint_4")
     whole = run(tmp_path / "whole", rigl(0.5, begin=5, end=11), 8, restore=restore)
@@ -150,7 +151,7 @@ def test_a_dense_run_goes_on_from_a_sparse_checkpoint(tmp_path, sparse):
     assert (moved["target/mlp_wi"] != 0).all() > (start["target/mlp_wi"] != 0).all()
 
 
-@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 4), marks=pytest.mark.slow), (2, 2)])
 def test_a_checkpoint_resumes_on_another_mesh(tmp_path, sparse, mesh):
     folder, stored, _ = sparse
     there = run(copy(folder, tmp_path / "there"), rigl(), 4, mesh=mesh)

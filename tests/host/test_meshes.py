@@ -16,10 +16,16 @@ COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?
 
 # the embedded host, whose time is CI's, takes a mesh of each kind
 MESHES = [
-    pytest.param(name, marks=[tiny_t5.t5x_only] if name in ("4x1", "2x2") else [])
-    for name in fixed_update.MESHES
-    if name != "1x1"
+    pytest.param("1x4", marks=pytest.mark.slow),
+    pytest.param("4x1", marks=tiny_t5.t5x_only),
+    pytest.param("4x1-2d", marks=pytest.mark.slow),
+    pytest.param("2x2", marks=tiny_t5.t5x_only),
+    "2x2-2d",
 ]
+
+
+def test_every_mesh_is_tried():
+    assert {"1x1", *(getattr(m, "values", [m])[0] for m in MESHES)} == set(fixed_update.MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -90,17 +96,24 @@ def test_runs_agree_on_every_mesh():
         np.testing.assert_allclose(values, losses[1, 1], rtol=2e-3, err_msg=str(mesh))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
-def test_no_weight_moves_between_devices(optimizer):
+@pytest.mark.parametrize(
+    "optimizer, build",
+    [
+        ("adamw", tiny_t5.stacked_model),
+        pytest.param("adamw", tiny_t5.model, marks=pytest.mark.slow),
+        pytest.param("adafactor", tiny_t5.model, marks=pytest.mark.slow),
+    ],
+)
+def test_no_weight_moves_between_devices(optimizer, build):
     """The compiled steps gather what the dense step gathers, and sort nothing."""
     partitioner = tiny_t5.MeshPartitioner(1, 4)
 
     def compiled(step, state):
         return step.lower(state, tiny_t5.batch()).compile().as_text()
 
-    dense = tiny_t5.trainer(None, optimizer, partitioner)
+    dense = tiny_t5.trainer(None, optimizer, partitioner, build=build)
     base = compiled(dense._partitioned_train_step, dense.train_state)
-    sparse = tiny_t5.trainer(tiny_t5.rigl(), optimizer, partitioner)
+    sparse = tiny_t5.trainer(tiny_t5.rigl(), optimizer, partitioner, build=build)
     for name, step in sparse.train_step_variants().items():
         text = compiled(step, sparse.train_state)
         assert len(COLLECTIVE.findall(text)) <= len(COLLECTIVE.findall(base)), name

@@ -172,9 +172,8 @@ def test_it_trains_stacked_layers(method):
     trainer.close()
 
 
-@pytest.mark.parametrize(
-    "optimizer", [pytest.param("adafactor-factored", marks=pytest.mark.slow), "adamw"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor-factored", "adamw"])
 def test_it_trains_as_one_of_many(optimizer):
     """The other half of the pairs: a weight for each method, all in one run, by rules."""
     methods = [m for m in METHODS if TOGETHER[ALONE[m]] == optimizer]

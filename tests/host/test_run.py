@@ -1,11 +1,11 @@
 """Whole runs by the command a user gives, on the host in use."""
 
 import re
-import subprocess
 
 import numpy as np
 import pytest
-from command_runs import ROOT, assert_equal, command, environment, run, saved, write_run
+from command_runs import ROOT, assert_equal, environment, flags, run, saved, write_run
+from forked_commands import run_module
 
 from t5x_sparsity import host
 
@@ -107,12 +107,7 @@ def test_a_missing_data_folder_is_one_error_and_writes_nothing(tmp_path):
 
 def test_a_host_that_is_not_there_is_one_error(tmp_path):
     file = write_run(tmp_path)
-    bad = subprocess.run(
-        [*command(file, tmp_path / "run"), "--host=elsewhere"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = [*flags(file, tmp_path / "run"), "--host=elsewhere"]
+    bad = run_module("t5x_sparsity.train", arguments, environment())
     assert bad.returncode != 0
     assert "must be 'auto', 't5x' or 'embedded', got 'elsewhere'" in bad.stderr

@@ -85,6 +85,7 @@ def test_weights_with_schedules_of_their_own_are_counted_at_their_own_updates():
     trainer.close()
 
 
+@pytest.mark.slow
 def test_a_run_from_a_dense_checkpoint_counts_from_its_own_first_step(tmp_path):
     inprocess_runs.train(tmp_path / "dense", None, 4)
     updates = ts.Periodic(begin=4, end=8, period=2, start_step=4)
@@ -191,6 +192,7 @@ def test_an_error_of_the_writing_thread_is_raised_at_the_end(monkeypatch):
         trainer.close()
 
 
+@pytest.mark.slow
 def test_what_was_explored_is_resumed(tmp_path):
     config = tiny_t5.rigl(0.5, begin=1, end=7, period=2, track_explored=True)
     inprocess_runs.run(tmp_path / "halves", config, 4)

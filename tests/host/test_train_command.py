@@ -1,24 +1,15 @@
 """The train script's help, and what it says of a command that can't be carried out."""
 
-import subprocess
-import sys
-
 import pytest
 import tiny_t5
 from command_runs import environment
+from forked_commands import run_code, run_module
 
 from t5x_sparsity.artifacts.gin_values import check_bindings
 
 
 def train(*arguments, cwd=tiny_t5.ROOT):
-    return subprocess.run(
-        [sys.executable, "-m", "t5x_sparsity.train", *arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_module("t5x_sparsity.train", arguments, environment(), cwd=cwd)
 
 
 def test_help_lists_the_flags_and_every_method():
@@ -63,9 +54,7 @@ def test_without_the_extra_it_says_what_installs_it():
         "import runpy, sys; sys.modules['seqio'] = None; sys.argv = ['train', '--host=embedded']; "
         "runpy.run_module('t5x_sparsity.train', run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
+    done = run_code(code, environment())
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         "t5x_sparsity.train: error: training needs seqio, which isn't installed; install it by "

@@ -23,7 +23,7 @@ def mask_bytes(state):
 
 @pytest.fixture(scope="module")
 def trainer():
-    trainer = tiny_t5.trainer(tiny_t5.rigl())
+    trainer = tiny_t5.trainer(tiny_t5.rigl(), build=tiny_t5.model)
     yield trainer
     trainer.close()
 
@@ -76,6 +76,7 @@ def test_the_state_keeps_its_structure(trainer):
     assert state._optimizer.optimizer_def.step_kind is None
 
 
+@pytest.mark.slow
 def test_compiled_ahead_of_time_it_trains_the_same():
     def final(compile_first):
         trainer = tiny_t5.trainer(tiny_t5.rigl())
@@ -274,7 +275,7 @@ def test_the_initializer_without_a_config_says_so():
 
 
 def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
-    init, _, _ = tiny_t5.initializer(tiny_t5.rigl())
+    init, _, _ = tiny_t5.initializer(tiny_t5.rigl(), build=tiny_t5.model)
     # an embed axis of 64 packs to 8 bytes, which 16 devices can't share
     rules = {"embed": "data"}
     axes = init.train_state_axes._optimizer.state.sparsity.masks

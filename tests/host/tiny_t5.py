@@ -125,7 +125,7 @@ def batch(seed=0):
     return {**tokens, FEATURES[3]: np.ones((BATCH, LENGTH), "int32")}
 
 
-def initializer(config, optimizer="adamw", partitioner=None, build=model):
+def initializer(config, optimizer="adamw", partitioner=None, build=stacked_model):
     """(initializer, model, partitioner); a config of None is a dense run.
 
     optimizer: a name in OPTIMIZERS, or what makes one.
@@ -143,7 +143,7 @@ def initializer(config, optimizer="adamw", partitioner=None, build=model):
 
 
 def trainer_arguments(
-    config, optimizer="adamw", partitioner=None, state=None, seed=0, build=model, **kwargs
+    config, optimizer="adamw", partitioner=None, state=None, seed=0, build=stacked_model, **kwargs
 ):
     """What train() would pass to a trainer, with a fresh train state or the one given."""
     init, net, partitioner = initializer(config, optimizer, partitioner, build)

@@ -45,6 +45,7 @@ def command(out, *more):
     ]
 
 
+@pytest.mark.slow
 def test_two_methods_train_and_resume(tmp_path, capsys, monkeypatch):
     out = tmp_path / "runs" / "lenet.json"
     lenet().main(command(out), digits())
