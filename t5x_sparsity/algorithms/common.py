@@ -13,6 +13,9 @@ from t5x_sparsity.core.contract import Algorithm, Arrays, LayerPlan, Plan
 from t5x_sparsity.core.selection import Choice, select_masks
 from t5x_sparsity.core.stacking import map_stacked
 
+# Masks by path: bool, the weights' shapes.
+Masks = dict[str, jax.Array]
+
 P = TypeVar("P")
 
 
@@ -55,8 +58,8 @@ def choose(
     where: Arrays | None = None,
     keep: Arrays | None = None,
     relaxed: bool = False,
-    select: Callable[[Mapping[str, Choice]], dict[str, jax.Array]] = select_masks,
-) -> dict[str, jax.Array]:
+    select: Callable[[Mapping[str, Choice]], Masks] = select_masks,
+) -> Masks:
     """The masks of the units of largest score, of every weight of a plan.
 
     >>> from t5x_sparsity.core.plan import make_plan

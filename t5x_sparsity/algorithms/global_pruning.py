@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, scheduled_kept
+from t5x_sparsity.algorithms.common import Masks, choose, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.algorithms.lamp import lamp_masks
 from t5x_sparsity.algorithms.saliency import Saliency
@@ -51,7 +51,7 @@ class GlobalMagnitude(GradualPruning):
                 f"{self.normalization!r}"
             )
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         scores = map_stacked(plan, self._comparable, self.scores(plan, update), update.masks)
         share = self.level(self.updates.progress(update.step))
         kept = scheduled_kept(plan, share)

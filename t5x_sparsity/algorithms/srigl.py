@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, pattern_of_each
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, pattern_of_each
 from t5x_sparsity.algorithms.drop_and_grow import RigL
 from t5x_sparsity.core.checks import check_share
 from t5x_sparsity.core.contract import Arrays, LayerPlan, Plan, Update
@@ -41,13 +41,11 @@ class SRigL(RigL):
     def __post_init__(self) -> None:
         check_share("ablation_threshold (ABLATION_THRESHOLD)", self.ablation_threshold)
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         pattern_of_each(self, plan, ConstantFanIn)
         return super().initial_masks(plan, weights, key)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         fraction = self.drop_fraction(self.updates.progress(update.step))
         size, slope = magnitudes(plan, update.weights), magnitudes(plan, update.grads)
         active = {p: _count(update.masks[p], layer.free_axes) for p, layer in plan.items()}
