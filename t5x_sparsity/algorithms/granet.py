@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, scheduled_kept, start_scores
-from t5x_sparsity.algorithms.drop_and_grow import RigL, swap
+from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow, swap
 from t5x_sparsity.core.checks import check_share
-from t5x_sparsity.core.contract import Arrays, Plan, Update
+from t5x_sparsity.core.contract import Arrays, Need, Plan, Update
 from t5x_sparsity.core.schedules import Cosine, Polynomial, ValueSchedule, value_after
 
 Number = TypeVar("Number", float, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GraNet(RigL):
+class GraNet(DropAndGrow):
     """Prunes along a cubic ramp, then drops a fraction and regrows it where |g| is largest.
 
     Liu et al. 2021, arXiv:2106.10404, section 4. It starts at `initial_sparsity` of all weights,
@@ -37,7 +37,8 @@ class GraNet(RigL):
     drop_fraction: ValueSchedule = Cosine(initial=0.5)
     initial_sparsity: float = 0.5
     ramp: ValueSchedule = Polynomial(initial=0.0, final=1.0, power=3.0)
-    take_gradient_step: bool = True
+
+    dense_gradients = Need.AT_UPDATES
 
     def __post_init__(self) -> None:
         check_share("initial_sparsity (INITIAL_SPARSITY)", self.initial_sparsity)
@@ -66,3 +67,6 @@ class GraNet(RigL):
         pruned = choose(plan, size, kept, where=update.masks)
         fraction = self.drop_fraction(progress)
         return swap(plan, pruned, kept, fraction, size, self.grow_scores(plan, update))
+
+    def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return magnitudes(plan, update.grads)

@@ -39,11 +39,8 @@ def check_sources(
 ) -> None:
     """Checks the checkpoint that a run will start from.
 
-    Args:
-      model_dir: of the run; its last checkpoint is what a run goes on from. None: not known.
-      checkpoint_cfg: T5X's CheckpointConfig, whose `restore` names what else it starts from.
-      expected: the leaves under state/sparsity of the run, by name.
-      plan: of the run.
+    It is the last in the run's `model_dir`, where that is known, else what `restore` of T5X's
+    CheckpointConfig names. `expected` has the run's leaves under state/sparsity, by name.
 
     Raises:
       ValueError: the checkpoint can't be read, has no masks, or was made with other rules.

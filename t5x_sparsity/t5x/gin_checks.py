@@ -67,26 +67,21 @@ def _check_macros(config: Config) -> None:
 
 def _check_total_steps(config: Config) -> None:
     """Shares such as MASK_UPDATE_END = 0.75 are of TRAIN_STEPS, which relative steps overrule."""
-    macros = {
-        scope: b.get("value") for (scope, selector), b in config.items() if "macro" in selector
-    }
+    macros = {scope: b.get("value") for (scope, name), b in config.items() if name == "gin.macro"}
+    has_shares = any(
+        selector.startswith("t5x_sparsity.") and "total_steps" in bindings
+        for (_, selector), bindings in config.items()
+    )
     for (_, selector), bindings in config.items():
         relative = bindings.get("relative_steps")
         for name in _macros(relative):
             relative = macros.get(name)
-        if relative is not None and _has_shares(config):
+        if relative is not None and has_shares:
             raise ValueError(
                 f"{selector}.relative_steps (TRAIN_STEPS_RELATIVE) is {relative}, so that the run "
                 "doesn't end at TRAIN_STEPS, of which MASK_UPDATE_BEGIN and MASK_UPDATE_END are "
                 "shares; leave it None and set TRAIN_STEPS to the step at which the run ends"
             )
-
-
-def _has_shares(config: Config) -> bool:
-    return any(
-        selector.startswith("t5x_sparsity.") and "total_steps" in bindings
-        for (_, selector), bindings in config.items()
-    )
 
 
 def _wrapped(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import flax.core
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_sparsity.core.config import SparsityConfig
@@ -170,7 +171,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
             k: PartitionSpec() if v is None and real.get(k) is not None else v
             for k, v in _flat_dict(base.state_dict()).items()
         }
-        base = base.restore_state(_nested_dict(axes))
+        base = base.restore_state(unflatten_dict(axes, sep="/"))
         weight_axes = _flatten_axes(param_logical_axes)
         sparsity = _state_of(state.sparsity, lambda name, path: weight_axes[path], PartitionSpec())
         state = SparseOptimizerState(PartitionSpec(), base.state.param_states, sparsity)
@@ -183,7 +184,8 @@ class SparseOptimizer(optimizers.OptimizerDef):
         flat = {k: v for k, v in flat.items() if v is not None or not _is_slot(k)}
         flat["state/step"] = state.step
         leaves = sparsity_leaves(state.sparsity)
-        return _nested_dict(flat | (dict.fromkeys(leaves) if self.fills_in else leaves))
+        flat |= dict.fromkeys(leaves) if self.fills_in else leaves
+        return unflatten_dict(flat, sep="/")
 
     def restore_state(self, opt_target, opt_state, state_dict):
         flat = _flat_dict(state_dict)
@@ -192,10 +194,11 @@ class SparseOptimizer(optimizers.OptimizerDef):
         dense = {k: v for k, v in flat.items() if k not in sparse}
         dense |= {k: v for k, v in reference.items() if v is None and _is_slot(k)}
         target, base_state = self.base.restore_state(
-            opt_target, _base_state(opt_state), _nested_dict(dense)
+            opt_target, _base_state(opt_state), unflatten_dict(dense, sep="/")
         )
         read = {k: v for k, v in sparse.items() if v is not None}
-        if self.fills_in and not read and _same_leaves(opt_target, target):
+        leaves = jax.tree.leaves(opt_target), jax.tree.leaves(target)
+        if self.fills_in and not read and all(map(operator.is_, *leaves)):
             # nothing was loaded, as where T5X replaces the step: the masks are of these weights
             sparsity = opt_state.sparsity
         elif len(read) < len(sparse) and not has_masks(read):
@@ -274,10 +277,6 @@ def _in_dtype_of(weight, x):
     return x.astype(weight.dtype) if known and x.dtype != weight.dtype else x
 
 
-def _same_leaves(a, b) -> bool:
-    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 def _untrained(optimizer, params) -> set[str]:
     """Paths of the weights that no part of a MultiOptimizer trains.
 
@@ -299,11 +298,7 @@ def _is_slot(key: str) -> bool:
 
 
 def _flat_dict(tree) -> dict[str, Any]:
-    return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
-
-
-def _nested_dict(flat) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
 
 
 def _flatten_axes(axes) -> dict[str, PartitionSpec]:

@@ -36,11 +36,9 @@ class RunMetrics:
     def __init__(self, plan: Plan, axes: SparsityState, partitioner: Any, manager: Any):
         """Makes nothing yet.
 
-        Args:
-          plan: of the run.
-          axes: logical axes, or PartitionSpecs, of the state of sparsity.
-          partitioner: the run's; it compiles the functions of masks, which all processes run.
-          manager: the host's MetricsManager of training.
+        `axes` are those of the state of sparsity, logical or PartitionSpecs. The run's
+        `partitioner` compiles the functions of masks, which all processes run. `manager` is the
+        host's MetricsManager of training.
         """
         self._plan, self._manager = plan, manager
         masks, explored = axes.masks, axes.slots.get(EXPLORED, {})

@@ -237,15 +237,10 @@ def _log_plan(plan: Plan, weights: Mapping[str, Any], model_dir: str) -> None:
     pruned = sum(layer.level * layer.size for layer in plan.values())
     whole = sum(math.prod(x.shape) for x in weights.values())
     logging.info(
-        "%d of %d arrays are sparse, with %d of %d weights, %.2f%% of them zero in the end; "
-        "%s/%s lists them. The others stay dense.",
-        len(plan),
-        len(weights),
-        size,
-        whole,
-        100 * pruned / size if size else 0,
-        model_dir,
-        RECORD,
+        "%s",
+        f"{len(plan)} of {len(weights)} arrays are sparse, with {size} of {whole} weights, "
+        f"{100 * pruned / size if size else 0:.2f}% of them zero in the end; "
+        f"{model_dir}/{RECORD} lists them. The others stay dense.",
     )
     for warning in ramp_warnings(plan):
         logging.warning("%s", warning)
