@@ -162,7 +162,7 @@ def assemble(
         partitioner,
     )
     if config is None:
-        initializer = host.TrainStateInitializer(*arguments)
+        initializer = host.utils.TrainStateInitializer(*arguments)
         make: Callable = host.Trainer
     else:
         initializer = ts.SparseTrainStateInitializer(*arguments, config=config)

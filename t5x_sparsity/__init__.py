@@ -6,7 +6,6 @@ users need no host, and those of the plugin need one, T5X or the embedded host.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +39,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
         StructureDecay as StructureDecay,
         TopKAST as TopKAST,
     )
-    from t5x_sparsity.artifacts.export import (
-        load_export as load_export,
-    )
+    from t5x_sparsity.artifacts.export import load_export as load_export
     from t5x_sparsity.core.patterns import (
         Block as Block,
         Channel as Channel,
@@ -50,10 +47,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
         NByM as NByM,
         Unstructured as Unstructured,
     )
-    from t5x_sparsity.core.plan import (
-        Rule as Rule,
-        SparsityConfig as SparsityConfig,
-    )
+    from t5x_sparsity.core.plan import Rule as Rule
+    from t5x_sparsity.core.plan import SparsityConfig as SparsityConfig
     from t5x_sparsity.core.schedules import (
         Constant as Constant,
         Cosine as Cosine,
@@ -76,10 +71,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
         make_sparse as make_sparse,
         sparse_trainer as sparse_trainer,
     )
-    from t5x_sparsity.transformation import (
-        apply_masks as apply_masks,
-        sparsify as sparsify,
-    )
+    from t5x_sparsity.transformation import apply_masks as apply_masks, sparsify as sparsify
 
 # isort: on
 
@@ -105,18 +97,15 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = ("host",)
-# Modules without a host of their own that need an extra; `host` names its own.
-_EXTRAS = {"artifacts.export": "tools"}
 
 __all__ = sorted([*_MODULE_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        module = _MODULE_OF[name]
-        extra = _EXTRAS.get(module)
-        with requires(extra, name) if extra else contextlib.nullcontext():
-            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        with requires("tools", name):  # `host` names extras of its own, and the core needs none
+            module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+        value = getattr(module, name)
         return globals().setdefault(name, value)
     try:
         return importlib.import_module(f"{__name__}.{name}")

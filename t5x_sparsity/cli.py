@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from t5x_sparsity import __version__
 from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
 from t5x_sparsity.commands import CommandError, one_line, quiet
 from t5x_sparsity.extras import requires
@@ -101,17 +102,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     parser = Parser(
         prog="t5x-sparsity", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"t5x-sparsity {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name in _COMMANDS:
         importlib.import_module(f"t5x_sparsity.commands.{name}.options").add(commands)
     return parser, commands.choices
-
-
-def _version() -> str:
-    from t5x_sparsity import __version__
-
-    return f"t5x-sparsity {__version__}"
 
 
 if __name__ == "__main__":

@@ -28,16 +28,13 @@ def _choose() -> Literal["t5x", "embedded"]:
         raise ImportError(
             f"{VARIABLE} must be 'auto', 't5x' or 'embedded', got {wanted!r}; unset it or fix it"
         )
-    if wanted == "embedded":
-        return "embedded"
-    if not _is_t5x_there():
-        if wanted == "t5x":
-            raise ImportError(
-                f"{VARIABLE} asks for T5X, but no package t5x is importable; install T5X by its "
-                'own instructions and pip install "t5x_sparsity[t5x]", or choose the embedded host'
-            )
-        return "embedded"
-    return "t5x"
+    is_there = _is_t5x_there()
+    if wanted == "t5x" and not is_there:
+        raise ImportError(
+            f"{VARIABLE} asks for T5X, but no package t5x is importable; install T5X by its own "
+            'instructions and pip install "t5x_sparsity[t5x]", or choose the embedded host'
+        )
+    return "t5x" if is_there and wanted != "embedded" else "embedded"
 
 
 def _is_t5x_there() -> bool:
@@ -51,36 +48,32 @@ NAME = _choose()
 
 if TYPE_CHECKING or NAME == "embedded":
     with requires("embedded", "the embedded host"):
-        from t5x_sparsity.embedded import (
-            adafactor,
-            checkpoints,
-            decoder_only,
-            gin_utils,
-            models,
-            network,
-            optimizers,
-            partitioning,
-            train_state,
-            trainer,
-            utils,
-        )
-        from t5x_sparsity.embedded import train as train_lib
+        from t5x_sparsity.embedded import adafactor as adafactor
+        from t5x_sparsity.embedded import checkpoints as checkpoints
+        from t5x_sparsity.embedded import decoder_only as decoder_only
+        from t5x_sparsity.embedded import gin_utils as gin_utils
+        from t5x_sparsity.embedded import models as models
+        from t5x_sparsity.embedded import network as network
+        from t5x_sparsity.embedded import optimizers as optimizers
+        from t5x_sparsity.embedded import partitioning as partitioning
+        from t5x_sparsity.embedded import train as train_lib  # noqa: F401
+        from t5x_sparsity.embedded import train_state as train_state
+        from t5x_sparsity.embedded import trainer as trainer
+        from t5x_sparsity.embedded import utils as utils
 else:
     try:
-        from t5x import (
-            adafactor,
-            checkpoints,
-            gin_utils,
-            models,
-            optimizers,
-            partitioning,
-            train_state,
-            trainer,
-            utils,
-        )
-        from t5x import train as train_lib
-        from t5x.examples.decoder_only import network as decoder_only
-        from t5x.examples.t5 import network
+        from t5x import adafactor as adafactor
+        from t5x import checkpoints as checkpoints
+        from t5x import gin_utils as gin_utils
+        from t5x import models as models
+        from t5x import optimizers as optimizers
+        from t5x import partitioning as partitioning
+        from t5x import train as train_lib  # noqa: F401
+        from t5x import train_state as train_state
+        from t5x import trainer as trainer
+        from t5x import utils as utils
+        from t5x.examples.decoder_only import network as decoder_only  # noqa: F401
+        from t5x.examples.t5 import network as network
     except Exception as e:
         raise ImportError(
             f"T5X is installed but fails to import ({type(e).__name__}: {e}); fix the installation "
@@ -88,32 +81,4 @@ else:
             f"set {VARIABLE}=embedded to train on the embedded host"
         ) from e
 
-OptimizerDef = optimizers.OptimizerDef
-Optimizer = optimizers.Optimizer
-OptimizerState = optimizers.OptimizerState
-TrainStateInitializer = utils.TrainStateInitializer
-BaseTrainer = trainer.BaseTrainer
-Trainer = trainer.Trainer
-
-__all__ = [
-    "NAME",
-    "VARIABLE",
-    "BaseTrainer",
-    "Optimizer",
-    "OptimizerDef",
-    "OptimizerState",
-    "TrainStateInitializer",
-    "Trainer",
-    "adafactor",
-    "checkpoints",
-    "decoder_only",
-    "gin_utils",
-    "models",
-    "network",
-    "optimizers",
-    "partitioning",
-    "train_lib",
-    "train_state",
-    "trainer",
-    "utils",
-]
+Trainer = trainer.Trainer  # as gin files name it

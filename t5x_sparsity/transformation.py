@@ -13,11 +13,11 @@ import optax
 from jax import lax
 
 from t5x_sparsity.core import packing
-from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, LayerPlan, Plan
+from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, LayerPlan
 from t5x_sparsity.core.optimizer_slots import zero_slots
 from t5x_sparsity.core.patterns import Pattern
 from t5x_sparsity.core.plan import Rule, SparsityConfig, update_schedules
-from t5x_sparsity.core.train_step import GradientStep, SparsityState, init_state, train_step
+from t5x_sparsity.core.train_step import SparsityState, init_state, train_step
 from t5x_sparsity.core.trees import flatten, unflatten
 
 
@@ -70,14 +70,8 @@ def sparsify(
     Args:
       tx: any optax transformation. `params` must be passed to its `update`.
       algorithm: decides which weights are kept.
-      sparsity: the share of zeros among all weights in the shared budget, in [0, 1).
-      distribution: how layers share it: 'uniform', 'er', 'erk'.
-      pattern: the shape that zeros come in. None: Unstructured.
-      rules: levels, patterns and algorithms for some of the weights.
-      embedding_sparsity: level of embeddings, 'auto', or None to leave them dense.
-      seed: of the masks' random choices, a non-negative integer.
-      pack_masks: store masks eight weights per byte where a weight's shape allows.
-      track_explored: remember which weights have ever been kept, another bit per weight.
+      sparsity, distribution, pattern, rules, embedding_sparsity, seed, pack_masks, track_explored:
+        which weights are sparsified, and to which level; see `SparsityConfig`.
       logical_axes: tree like params with one tuple per leaf, the logical names of its axes; needed
         where weights are stacks of layers or experts. None: there are no stacks.
 
@@ -105,13 +99,7 @@ def sparsify(
 
 
 class _Sparsified(NamedTuple):
-    """The two functions of a sparsified optimizer.
-
-    Attributes:
-      tx: the optimizer inside.
-      config: what is sparsified.
-      axes: path -> logical names of the weight's axes; None where there are no stacks.
-    """
+    """The two functions of a sparsified optimizer; `axes` is None where there are no stacks."""
 
     tx: optax.GradientTransformationExtraArgs
     config: SparsityConfig
@@ -145,7 +133,27 @@ class _Sparsified(NamedTuple):
             return moved, {"state": inner, "changes": changes}
 
         def step(state: SparsifyState, updates_masks: bool) -> tuple[Any, SparsifyState]:
-            changes, state = _step(plan, weights, grads, state, gradient_step, updates_masks)
+            start = {"state": state.inner}
+            like = jax.eval_shape(gradient_step, weights, grads, start)[1]["changes"]
+            # the optimizer's dtypes need not be the weights'
+            nothing = {p: jnp.zeros(x.shape, x.dtype) for p, x in like.items()}
+            found = train_step(
+                plan,
+                state.sparsity,
+                step=state.count,
+                weights=weights,
+                grads=grads,
+                optimizer_state={**start, "changes": nothing},
+                gradient_step=gradient_step,
+                updates_masks=updates_masks,
+            )
+            changes = dict(found.optimizer_state["changes"])
+            for p, alive in found.alive.items():
+                # rounding of the steps must not add up to a difference from the dense weight
+                alive = alive & (p not in found.state.slots.get(DENSE, {}))
+                changes[p] = _change(changes[p], weights[p], found.weights[p], alive)
+            inner = zero_slots(found.optimizer_state["state"], found.reset, weights)
+            state = state._replace(inner=inner, sparsity=found.state)
             return unflatten(updates, changes), state
 
         due = [schedule.is_update(state.count) for schedule in update_schedules(plan)]
@@ -170,41 +178,6 @@ class _Sparsified(NamedTuple):
         return self.config.plan(weights, self.axes)
 
 
-def _step(
-    plan: Plan,
-    weights: Arrays,
-    grads: Arrays,
-    state: SparsifyState,
-    gradient_step: GradientStep,
-    updates_masks: bool,
-) -> tuple[dict[str, jax.Array], SparsifyState]:
-    """One train step: what to add to each weight, by path, and the state with the old count.
-
-    The state of `gradient_step` is a dict of the inner optimizer's 'state' and of its 'changes'.
-    Changes that are passed in are returned if a mask update replaces the gradient step.
-    """
-    like = jax.eval_shape(gradient_step, weights, grads, {"state": state.inner})[1]["changes"]
-    # the optimizer's dtypes need not be the weights'
-    nothing = {p: jnp.zeros(x.shape, x.dtype) for p, x in like.items()}
-    found = train_step(
-        plan,
-        state.sparsity,
-        step=state.count,
-        weights=weights,
-        grads=grads,
-        optimizer_state={"state": state.inner, "changes": nothing},
-        gradient_step=gradient_step,
-        updates_masks=updates_masks,
-    )
-    changes = dict(found.optimizer_state["changes"])
-    for p, alive in found.alive.items():
-        # rounding errors of the steps must not add up to a difference from the dense weight
-        alive = alive & (p not in found.state.slots.get(DENSE, {}))
-        changes[p] = _change(changes[p], weights[p], found.weights[p], alive)
-    inner = zero_slots(found.optimizer_state["state"], found.reset, weights)
-    return changes, state._replace(inner=inner, sparsity=found.state)
-
-
 def _change(change: jax.Array, old: jax.Array, new: jax.Array, alive: jax.Array) -> jax.Array:
     """What `optax.apply_updates` must add to a weight: exact where it was, or is, pruned."""
     # a change of a narrower dtype than its weight could not be exact
@@ -227,11 +200,8 @@ def find_state(state: Any) -> SparsifyState:
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [
-        x
-        for x in jax.tree_util.tree_leaves(state, is_leaf=lambda x: isinstance(x, SparsifyState))
-        if isinstance(x, SparsifyState)
-    ]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparsifyState))
+    found = [x for x in leaves if isinstance(x, SparsifyState)]
     if len(found) != 1:
         raise ValueError(
             f"expected one state of sparsify in the optimizer state, found {len(found)}; pass what "

@@ -1,66 +1,39 @@
 """Sparse training algorithms: which weights live, from the first step to the last."""
 
-from t5x_sparsity.algorithms.acdc import ACDC
-from t5x_sparsity.algorithms.adam_fisher import AdamFisher
-from t5x_sparsity.algorithms.common import (
-    choose,
-    grown,
-    magnitudes,
-    random_scores,
-    scheduled_kept,
-    start_scores,
-)
-from t5x_sparsity.algorithms.decaying_mask import DecayingMask, StructureDecay
-from t5x_sparsity.algorithms.drop_and_grow import SET, DropAndGrow, RigL
-from t5x_sparsity.algorithms.fixed import Dense, Static
-from t5x_sparsity.algorithms.global_pruning import GlobalMagnitude, GlobalSaliency
-from t5x_sparsity.algorithms.gradual import GradualPruning, Magnitude, RandomPruning
-from t5x_sparsity.algorithms.granet import GraNet
-from t5x_sparsity.algorithms.iterative_nm import IterativeNM
-from t5x_sparsity.algorithms.mest import MEST
-from t5x_sparsity.algorithms.saliency import Saliency
-from t5x_sparsity.algorithms.snfs import SNFS
-from t5x_sparsity.algorithms.srigl import SRigL
-from t5x_sparsity.algorithms.straight_through import SRSTE, MagnitudeSTE, RandomSTE, StraightThrough
-from t5x_sparsity.algorithms.top_kast import TopKAST
-from t5x_sparsity.core.contract import DENSE, Algorithm, Need, Update, dense_masks, prune
-
-__all__ = [
-    "ACDC",
-    "DENSE",
-    "AdamFisher",
-    "Algorithm",
-    "DecayingMask",
-    "Dense",
-    "DropAndGrow",
-    "GlobalMagnitude",
-    "GlobalSaliency",
-    "GraNet",
-    "GradualPruning",
-    "IterativeNM",
-    "MEST",
-    "Magnitude",
-    "MagnitudeSTE",
-    "Need",
-    "RandomPruning",
-    "RandomSTE",
-    "RigL",
-    "SET",
-    "SNFS",
-    "SRSTE",
-    "SRigL",
-    "Saliency",
-    "Static",
-    "StraightThrough",
-    "StructureDecay",
-    "TopKAST",
-    "Update",
-    "choose",
-    "dense_masks",
-    "grown",
-    "magnitudes",
-    "prune",
-    "start_scores",
-    "random_scores",
-    "scheduled_kept",
-]
+from t5x_sparsity.algorithms.acdc import ACDC as ACDC
+from t5x_sparsity.algorithms.adam_fisher import AdamFisher as AdamFisher
+from t5x_sparsity.algorithms.common import choose as choose
+from t5x_sparsity.algorithms.common import grown as grown
+from t5x_sparsity.algorithms.common import magnitudes as magnitudes
+from t5x_sparsity.algorithms.common import random_scores as random_scores
+from t5x_sparsity.algorithms.common import scheduled_kept as scheduled_kept
+from t5x_sparsity.algorithms.common import start_scores as start_scores
+from t5x_sparsity.algorithms.decaying_mask import DecayingMask as DecayingMask
+from t5x_sparsity.algorithms.decaying_mask import StructureDecay as StructureDecay
+from t5x_sparsity.algorithms.drop_and_grow import SET as SET
+from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow as DropAndGrow
+from t5x_sparsity.algorithms.drop_and_grow import RigL as RigL
+from t5x_sparsity.algorithms.fixed import Dense as Dense
+from t5x_sparsity.algorithms.fixed import Static as Static
+from t5x_sparsity.algorithms.global_pruning import GlobalMagnitude as GlobalMagnitude
+from t5x_sparsity.algorithms.global_pruning import GlobalSaliency as GlobalSaliency
+from t5x_sparsity.algorithms.gradual import GradualPruning as GradualPruning
+from t5x_sparsity.algorithms.gradual import Magnitude as Magnitude
+from t5x_sparsity.algorithms.gradual import RandomPruning as RandomPruning
+from t5x_sparsity.algorithms.granet import GraNet as GraNet
+from t5x_sparsity.algorithms.iterative_nm import IterativeNM as IterativeNM
+from t5x_sparsity.algorithms.mest import MEST as MEST
+from t5x_sparsity.algorithms.saliency import Saliency as Saliency
+from t5x_sparsity.algorithms.snfs import SNFS as SNFS
+from t5x_sparsity.algorithms.srigl import SRigL as SRigL
+from t5x_sparsity.algorithms.straight_through import SRSTE as SRSTE
+from t5x_sparsity.algorithms.straight_through import MagnitudeSTE as MagnitudeSTE
+from t5x_sparsity.algorithms.straight_through import RandomSTE as RandomSTE
+from t5x_sparsity.algorithms.straight_through import StraightThrough as StraightThrough
+from t5x_sparsity.algorithms.top_kast import TopKAST as TopKAST
+from t5x_sparsity.core.contract import DENSE as DENSE
+from t5x_sparsity.core.contract import Algorithm as Algorithm
+from t5x_sparsity.core.contract import Need as Need
+from t5x_sparsity.core.contract import Update as Update
+from t5x_sparsity.core.contract import dense_masks as dense_masks
+from t5x_sparsity.core.contract import prune as prune

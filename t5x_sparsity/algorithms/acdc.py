@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, grown, magnitudes
+from t5x_sparsity.algorithms.common import Masks, choose, grown, magnitudes
 from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Update
 from t5x_sparsity.core.schedules import Periodic, StepValue
 
@@ -48,7 +48,7 @@ class ACDC(Algorithm):
                 f"{self.updates!r}"
             )
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         dense = self._begins_dense_phase(update.step)
         sparse = choose(plan, magnitudes(plan, update.weights), where=update.masks)
         return {p: mask | dense for p, mask in sparse.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from t5x_sparsity.core.contract import Algorithm, Arrays, LayerPlan, Plan
 from t5x_sparsity.core.selection import Choice, select_masks
 from t5x_sparsity.core.stacking import map_stacked
+
+# Masks by path: bool, the weights' shapes.
+Masks = dict[str, jax.Array]
 
 P = TypeVar("P")
 
@@ -55,7 +58,8 @@ def choose(
     where: Arrays | None = None,
     keep: Arrays | None = None,
     relaxed: bool = False,
-) -> dict[str, jax.Array]:
+    select: Callable[[Mapping[str, Choice]], Masks] = select_masks,
+) -> Masks:
     """The masks of the units of largest score, of every weight of a plan.
 
     >>> import t5x_sparsity as ts
@@ -72,24 +76,13 @@ def choose(
       where: bool, the weights' shapes; only these may be chosen. None: all.
       keep: bool, the weights' shapes; these, whole units, are always kept and count towards k.
       relaxed: whether to choose by each pattern's relaxed form, by which weights are dropped.
+      select: makes the masks from every weight's part in the selection. By default each slice is
+        chosen from separately.
 
     Returns:
       path -> bool, the weight's shape.
     """
-    return select_masks(choices(plan, scores, k, where=where, keep=keep, relaxed=relaxed))
-
-
-def choices(
-    plan: Plan,
-    scores: Arrays,
-    k: Mapping[str, int | jax.Array] | None = None,
-    *,
-    where: Arrays | None = None,
-    keep: Arrays | None = None,
-    relaxed: bool = False,
-) -> dict[str, Choice]:
-    """Each weight's part in the selection of `choose`."""
-    return {
+    choices = {
         path: Choice(
             pattern=layer.pattern.relaxed if relaxed else layer.pattern,
             scores=scores[path],
@@ -101,6 +94,7 @@ def choices(
         )
         for path, layer in plan.items()
     }
+    return select(choices)
 
 
 def scheduled_kept(plan: Plan, share: jax.Array) -> dict[str, jax.Array]:

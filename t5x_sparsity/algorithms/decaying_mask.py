@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, pattern_of_each
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, pattern_of_each
 from t5x_sparsity.algorithms.straight_through import UnderMask
 from t5x_sparsity.core.contract import Arrays, Need, Plan, Update, prune
 from t5x_sparsity.core.patterns import NByM
@@ -43,7 +43,7 @@ class DecayingMask(UnderMask):
     decay: ValueSchedule = Polynomial(initial=1.0, final=0.0, power=1.0)
     straight_through: bool = False
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         return choose(plan, magnitudes(plan, update.weights))
 
     def mask_densities(self, plan: Plan, updated: int | None) -> dict[str, float]:
@@ -97,13 +97,11 @@ class StructureDecay(UnderMask):
     def dense_gradients(self) -> Need:  # type: ignore[override]  # nobody writes to it
         return Need.ALWAYS if self.straight_through else Need.NEVER
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         pattern_of_each(self, plan, NByM)
         return super().initial_masks(plan, weights, key)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         progress = self.updates.progress(update.step)
         kept = {
             path: _Stages(pattern)(progress) * (plan[path].units // pattern.m)

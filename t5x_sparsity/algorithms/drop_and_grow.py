@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, grown, magnitudes, random_scores, start_scores
+from t5x_sparsity.algorithms.common import (
+    Masks,
+    choose,
+    grown,
+    magnitudes,
+    random_scores,
+    start_scores,
+)
 from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Update
 from t5x_sparsity.core.schedules import Cosine, UpdateSchedule, ValueSchedule
 
@@ -39,9 +46,7 @@ class DropAndGrow(Algorithm):
     def replaces_gradient_step(self) -> bool:  # type: ignore[override]  # nobody writes to it
         return not self.take_gradient_step
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         """Masks at the target level: random, or of the largest trained weights."""
         return choose(plan, start_scores(plan, weights, key))
 
@@ -53,7 +58,7 @@ class DropAndGrow(Algorithm):
         """float, the weights' shapes: the largest of the others are grown. Here random."""
         return random_scores(plan, update.key)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         kept = {path: layer.kept for path, layer in plan.items()}
         fraction = self.drop_fraction(self.updates.progress(update.step))
         drop, grow = self.drop_scores(plan, update), self.grow_scores(plan, update)
@@ -70,7 +75,7 @@ def swap(
     fraction: jax.Array,
     drop_scores: Arrays,
     grow_scores: Arrays,
-) -> dict[str, jax.Array]:
+) -> Masks:
     """Drops `fraction` of the `kept` active units of every slice, and grows the same number."""
     left = {p: kept[p] - jnp.round(fraction * jnp.float32(kept[p])).astype(jnp.int32) for p in plan}
     stay = choose(plan, drop_scores, left, where=masks, relaxed=True)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.common import choose, start_scores
+from t5x_sparsity.algorithms.common import Masks, choose, start_scores
 from t5x_sparsity.core.contract import Algorithm, Arrays, Plan
 from t5x_sparsity.core.schedules import Never
 
@@ -24,9 +24,7 @@ class Static(Algorithm):
     updates: Never = Never()
     masks_gradients = True
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         return choose(plan, start_scores(plan, weights, key))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choices, choose, scheduled_kept
+from t5x_sparsity.algorithms.common import Masks, choose, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.algorithms.lamp import lamp_masks
 from t5x_sparsity.algorithms.saliency import Saliency
@@ -50,18 +51,16 @@ class GlobalMagnitude(GradualPruning):
                 f"{self.normalization!r}"
             )
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         scores = map_stacked(plan, self._comparable, self.scores(plan, update), update.masks)
         share = self.level(self.updates.progress(update.step))
         kept = scheduled_kept(plan, share)
         own = {p: layer for p, layer in plan.items() if not layer.in_budget}
         joint = {p: layer for p, layer in plan.items() if layer.in_budget}
         found = choose(own, scores, kept, where=update.masks)
-        return found | select_jointly(
-            choices(joint, scores, kept, where=update.masks),
-            total_kept(joint, kept),
-            search=lamp_masks if self.normalization == "lamp" else None,
-        )
+        search = lamp_masks if self.normalization == "lamp" else None
+        select = functools.partial(select_jointly, k=_total_kept(joint, kept), search=search)
+        return found | choose(joint, scores, kept, where=update.masks, select=select)
 
     def _comparable(self, layer: LayerPlan, scores: jax.Array, masks: jax.Array) -> jax.Array:
         """Scores of a stack of weights, comparable among layers; pruned weights count as 0."""
@@ -89,15 +88,14 @@ def _over_norm(scores: jax.Array, layer: LayerPlan) -> jax.Array:
     return scores / (jnp.sqrt(ordered_sum(jnp.square(scores), layer.free_axes)) + 1e-8)
 
 
-def total_kept(plan: Plan, kept: Arrays) -> Count:
-    """Kept weights of all slices together, of layers whose pattern fixes no level."""
+def _total_kept(plan: Plan, kept: Arrays) -> Count:
+    """Kept weights of all slices together."""
     total = Count.of(0)
     for path, layer in plan.items():
-        if layer.pattern.fixed_level is None:
-            size, rest = divmod(layer.slice_size, layer.units)
-            weights = kept[path] * size
-            if rest:  # blocks at the edge of a weight are smaller
-                share = jnp.float32(kept[path]) / layer.units
-                weights = jnp.round(share * layer.slice_size).astype(jnp.int32)
-            total = total + Count.of(weights).times(layer.slices)
+        size, rest = divmod(layer.slice_size, layer.units)
+        weights = kept[path] * size
+        if rest:  # blocks at the edge of a weight are smaller
+            share = jnp.float32(kept[path]) / layer.units
+            weights = jnp.round(share * layer.slice_size).astype(jnp.int32)
+        total = total + Count.of(weights).times(layer.slices)
     return total

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, random_scores, scheduled_kept
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, random_scores, scheduled_kept
 from t5x_sparsity.core.contract import Algorithm, Plan, Update
 from t5x_sparsity.core.schedules import Polynomial, UpdateSchedule, ValueSchedule, value_after
 
@@ -29,7 +29,7 @@ class GradualPruning(Algorithm):
         """float, the weights' shapes: the largest are kept. Here |w|."""
         return magnitudes(plan, update.weights)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
         # pruned weights are no candidates; the optimizer may just have moved them off 0
         return choose(plan, self.scores(plan, update), kept, where=update.masks)

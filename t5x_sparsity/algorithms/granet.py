@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, scheduled_kept, start_scores
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow, swap
 from t5x_sparsity.core.checks import check_share
 from t5x_sparsity.core.contract import Arrays, Need, Plan, Update
@@ -58,12 +58,10 @@ class GraNet(DropAndGrow):
         start = min(1.0, self.initial_sparsity / target) if target else 1.0
         return start + (1 - start) * ramp
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         return choose(plan, start_scores(plan, weights, key), self.kept(plan, jnp.float32(0)))
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         progress = self.updates.progress(update.step)
         kept, size = self.kept(plan, progress), magnitudes(plan, update.weights)
         pruned = choose(plan, size, kept, where=update.masks)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from t5x_sparsity.algorithms.common import choose, pattern_of_each, scheduled_kept
+from t5x_sparsity.algorithms.common import Masks, choose, pattern_of_each, scheduled_kept
 from t5x_sparsity.algorithms.gradual import GradualPruning
 from t5x_sparsity.core.contract import Arrays, Plan, Update
 from t5x_sparsity.core.patterns import NByM
@@ -21,13 +21,11 @@ class IterativeNM(GradualPruning):
     called. Every weight's pattern must be NByM.
     """
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         pattern_of_each(self, plan, NByM)
         return super().initial_masks(plan, weights, key)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         scores = self.scores(plan, update)
         winners = choose(plan, scores, where=update.masks)
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))

@@ -7,12 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choices, magnitudes, pattern_of_each
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, pattern_of_each
 from t5x_sparsity.algorithms.drop_and_grow import RigL
 from t5x_sparsity.core.checks import check_share
 from t5x_sparsity.core.contract import Arrays, LayerPlan, Plan, Update
 from t5x_sparsity.core.patterns import ConstantFanIn, Unstructured
-from t5x_sparsity.core.selection import select_masks
 from t5x_sparsity.core.topk import top_k_mask
 
 
@@ -42,13 +41,11 @@ class SRigL(RigL):
     def __post_init__(self) -> None:
         check_share("ablation_threshold (ABLATION_THRESHOLD)", self.ablation_threshold)
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         pattern_of_each(self, plan, ConstantFanIn)
         return super().initial_masks(plan, weights, key)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         fraction = self.drop_fraction(self.updates.progress(update.step))
         size, slope = magnitudes(plan, update.weights), magnitudes(plan, update.grads)
         active = {p: _count(update.masks[p], layer.free_axes) for p, layer in plan.items()}
@@ -56,39 +53,16 @@ class SRigL(RigL):
             p: jnp.round(fraction * jnp.float32(n)).astype(jnp.int32) for p, n in active.items()
         }
         left = {p: active[p] - swapped[p] for p in plan}
-        stay = self._of_layer(plan, size, left, update.masks)
-        steep = self._of_layer(plan, slope, swapped, None)
+        by_layer = {p: _unstructured(layer, layer.stack_axes) for p, layer in plan.items()}
+        stay = choose(by_layer, size, left, where=update.masks)
+        steep = choose(by_layer, slope, swapped)
         share = {p: self._fan_in(plan[p], stay[p] | steep[p]) for p in plan}
-        kept = self._of_neurons(plan, size, share, where=stay)
-        return self._of_neurons(plan, slope, share, keep=kept)
-
-    def _of_layer(
-        self, plan: Plan, scores: Arrays, k: Arrays, where: Arrays | None
-    ) -> dict[str, jax.Array]:
-        """The k weights of largest score of every slice."""
-        asked = choices(plan, scores, k, where=where)
-        return select_masks({p: c._replace(pattern=Unstructured()) for p, c in asked.items()})
-
-    def _of_neurons(
-        self,
-        plan: Plan,
-        scores: Arrays,
-        share: Arrays,
-        *,
-        where: Arrays | None = None,
-        keep: Arrays | None = None,
-    ) -> dict[str, jax.Array]:
-        """The `share` weights of largest score of every neuron."""
-        asked = choices(plan, scores, share, where=where, keep=keep)
-        return select_masks(
-            {
-                p: c._replace(
-                    pattern=Unstructured(),
-                    stack_axes=tuple(sorted((*c.stack_axes, _neurons(plan[p])))),
-                )
-                for p, c in asked.items()
-            }
-        )
+        by_neuron = {
+            p: _unstructured(layer, (*layer.stack_axes, _neurons(layer)))
+            for p, layer in plan.items()
+        }
+        kept = choose(by_neuron, size, share, where=stay)
+        return choose(by_neuron, slope, share, keep=kept)
 
     def _fan_in(self, layer: LayerPlan, salient: jax.Array) -> jax.Array:
         """The weights that every neuron gets: int32, of the stacked dims and the neurons."""
@@ -107,6 +81,11 @@ class SRigL(RigL):
         alive = needed | (found >= max(1, int(self.ablation_threshold * fan_in)))
         left = jnp.sum(alive, axis=axis, keepdims=True, dtype=jnp.int32)
         return jnp.where(alive, jnp.minimum(layer.kept // left, dense_fan_in), 0)
+
+
+def _unstructured(layer: LayerPlan, stack_axes: tuple[int, ...]) -> LayerPlan:
+    """The plan of the same weight, of which any may be kept, per slice along `stack_axes`."""
+    return dataclasses.replace(layer, pattern=Unstructured(), stack_axes=tuple(sorted(stack_axes)))
 
 
 def _neurons(layer: LayerPlan) -> int:

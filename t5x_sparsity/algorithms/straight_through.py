@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept, start_scores
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, scheduled_kept, start_scores
 from t5x_sparsity.core.checks import check_not_negative
 from t5x_sparsity.core.contract import DENSE, Algorithm, Arrays, Need, Plan, Update
 from t5x_sparsity.core.schedules import Constant, UpdateSchedule, ValueSchedule, value_after
@@ -41,13 +41,11 @@ class StraightThrough(UnderMask):
         """float, the weights' shapes: the largest are kept. Here |w|."""
         return magnitudes(plan, weights)
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         kept = scheduled_kept(plan, self.level(jnp.float32(0)))
         return choose(plan, self.scores(plan, weights, key), kept)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         kept = scheduled_kept(plan, self.level(self.updates.progress(update.step)))
         return choose(plan, self.scores(plan, update.weights, update.key), kept)
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_sparsity.algorithms.common import choose, magnitudes, scheduled_kept
+from t5x_sparsity.algorithms.common import Masks, choose, magnitudes, scheduled_kept
 from t5x_sparsity.algorithms.straight_through import UnderMask
 from t5x_sparsity.core import packing
 from t5x_sparsity.core.checks import check_not_negative
@@ -51,9 +51,7 @@ class TopKAST(UnderMask):
     def __post_init__(self) -> None:
         check_not_negative("regularizer (REGULARIZER)", self.regularizer)
 
-    def initial_masks(
-        self, plan: Plan, weights: Arrays, key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def initial_masks(self, plan: Plan, weights: Arrays, key: jax.Array | None) -> Masks:
         return choose(plan, magnitudes(plan, weights))
 
     def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
@@ -68,7 +66,7 @@ class TopKAST(UnderMask):
         chosen = choose(plan, magnitudes(plan, weights), scheduled_kept(plan, share), keep=masks)
         return pack_stacked(plan, chosen)
 
-    def update_masks(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+    def update_masks(self, plan: Plan, update: Update) -> Masks:
         return choose(plan, magnitudes(plan, update.weights))
 
     def update_slots(self, plan: Plan, update: Update) -> Slots:

@@ -7,7 +7,7 @@ next to the checkpoints of a run says by which rules its masks were made.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from t5x_sparsity.artifacts import record
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, flatten, saved_arrays
 from t5x_sparsity.artifacts.checkpoint_folders import absolute, layout_of
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord
-from t5x_sparsity.core.contract import LayerPlan, Plan
+from t5x_sparsity.core.contract import Plan
 from t5x_sparsity.core.names import first_few
 from t5x_sparsity.core.patterns import to_text
 from t5x_sparsity.core.plan import update_schedules
@@ -27,50 +27,50 @@ from t5x_sparsity.core.train_step import EXPLORED
 
 SPARSITY = "state/sparsity/"
 
+OTHER_MODEL = "set MODEL to the checkpoint's"
+OTHER_OPTIMIZER = (
+    "set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
+    "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]"
+)
+
 
 def check_sources(
     model_dir: str | None, checkpoint_cfg: Any, expected: Mapping[str, Any], plan: Plan
 ) -> None:
     """Checks the checkpoint that a run will start from.
 
-    Args:
-      model_dir: of the run; its last checkpoint is what a run goes on from. None: not known.
-      checkpoint_cfg: T5X's CheckpointConfig, whose `restore` names what else it starts from.
-      expected: the leaves under state/sparsity of the run, by name.
-      plan: of the run.
+    It is the last in the run's `model_dir`, where that is known, else what `restore` of T5X's
+    CheckpointConfig names. `expected` has the run's leaves under state/sparsity, by name.
 
     Raises:
       ValueError: the checkpoint can't be read, has no masks, or was made with other rules.
     """
-    model_dir = absolute(model_dir) if model_dir else None
-    step = host.checkpoints.latest_step(model_dir) if _is_dir(model_dir) else None
-    if step is not None:
-        path = epath.Path(model_dir) / f"checkpoint_{step}"
-        found = _saved_sparsity(path, _before(model_dir, step))
-        check_leaves(expected, found, f"the checkpoint {path}")
-        _check_record(epath.Path(model_dir) / RECORD, plan)
+    own = _last_checkpoint(epath.Path(absolute(model_dir))) if model_dir else None
+    if own is not None:
+        found = _saved_sparsity(own, f"; move that folder away to go on from {_before(own)}")
+        check_leaves(expected, found, f"the checkpoint {own}")
+        _check_record(own.parent / RECORD, plan)
         if getattr(getattr(checkpoint_cfg, "save", None), "save_dataset", False):
-            _check_data_position(path)
+            _check_data_position(own)
         return
     restore = getattr(checkpoint_cfg, "restore", None)
     if restore is None or not isinstance(restore.path, str):
         return
-    path = absolute(restore.path)
-    if epath.Path(path + ".index").exists():
+    path = epath.Path(absolute(restore.path))
+    if epath.Path(f"{path}.index").exists():
         raise ValueError(
             f"{path} is a TensorFlow checkpoint, and T5X adds nothing to those as it reads them, "
             "masks neither; convert it by T5X's convert_tf_checkpoint first"
         )
-    if restore.mode == "latest" and _is_dir(path):
-        step = host.checkpoints.latest_step(path)
-        if step is None:
+    if restore.mode == "latest" and path.is_dir():
+        path = _last_checkpoint(path)
+        if path is None:
             return
-        path = epath.Path(path) / f"checkpoint_{step}"
-    found = _saved_sparsity(epath.Path(path), "")
+    found = _saved_sparsity(path)
     # a transformation may well make one fit
     if not restore.state_transformation_fns:
         check_leaves(expected, found, f"the checkpoint {path}")
-        _check_masks_will_fit(epath.Path(path), plan)
+        _check_masks_will_fit(path, plan)
 
 
 def write_record(model_dir: str, plan: Plan) -> None:
@@ -103,24 +103,19 @@ def from_dense(
             "'sparsity/from_dense.gin' makes masks for a sparse run, and this run is dense; "
             "include a method's file, such as 'sparsity/rigl.gin', before it"
         )
-    if any(name.startswith(f"{SPARSITY}masks/") for name in saved):
+    if has_masks(saved):
         raise ValueError(
             "INITIAL_CHECKPOINT_PATH is a sparse run's checkpoint, whose masks 'from_dense.gin' "
             "would throw away; leave that include out to go on with them"
         )
     for part, what, remedy in (
-        ("target/", "weights of this model", "set MODEL to the checkpoint's"),
-        ("flax_mutables/", "mutable variables of this model", "set MODEL to the checkpoint's"),
-        (
-            "state/param_states/",
-            "leaves of the optimizer's state",
-            "set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
-            "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]",
-        ),
+        ("target/", "weights of this model", OTHER_MODEL),
+        ("flax_mutables/", "mutable variables of this model", OTHER_MODEL),
+        ("state/param_states/", "leaves of the optimizer's state", OTHER_OPTIMIZER),
     ):
         names = [k for k in wanted if k.startswith(part) and wanted[k] is not None]
         missing = sorted(k for k in names if k not in saved)
-        if len(missing) == len(names) and part == "state/param_states/":
+        if missing == sorted(names) and part == "state/param_states/":
             if names:
                 logging.warning("The checkpoint has no state of this optimizer; it starts afresh.")
         elif missing:
@@ -147,22 +142,19 @@ def checkpoint_step(path: str) -> int:
     return int(match[1])
 
 
-def _is_dir(path: str | None) -> bool:
-    return bool(path) and epath.Path(path).is_dir()
+def _last_checkpoint(folder: epath.Path) -> epath.Path | None:
+    step = host.checkpoints.latest_step(str(folder)) if folder.is_dir() else None
+    return None if step is None else folder / f"checkpoint_{step}"
 
 
-def _before(model_dir: str, step: int) -> str:
-    """What a run would go on from without the checkpoint of `step`."""
-    earlier = [s for s in host.checkpoints.all_steps(model_dir) if s < step]
-    return f"checkpoint_{max(earlier)}" if earlier else "the start"
+def _before(checkpoint: epath.Path) -> str:
+    """What a run would go on from without its last checkpoint."""
+    *earlier, _ = sorted(host.checkpoints.all_steps(str(checkpoint.parent)))
+    return f"checkpoint_{earlier[-1]}" if earlier else "the start"
 
 
-def _saved_sparsity(path: epath.Path, before: str) -> dict[str, SavedArray]:
-    """The arrays under state/sparsity of a checkpoint by name; none is read.
-
-    before: what a run could go on from without this checkpoint, '' where that isn't known.
-    """
-    remedy = f"; move that folder away to go on from {before}" if before else ""
+def _saved_sparsity(path: epath.Path, remedy: str = "") -> dict[str, SavedArray]:
+    """The arrays under state/sparsity of a checkpoint by name; none is read."""
     layout = layout_of(path)
     if layout is None:
         raise ValueError(
@@ -183,7 +175,7 @@ def _check_data_position(path: epath.Path) -> None:
     """Each process has saved its own place in the training data; no other number can read it."""
     if not (path / "state").is_dir():
         return
-    folders = list((path / "dataset").glob("*")) if (path / "dataset").is_dir() else []
+    folders = list((path / "dataset").glob("*"))
     counts = [int(m[1]) for f in folders if (m := re.fullmatch(r"process_\d+-of-(\d+)", f.name))]
     saved_by = max(counts, default=1) if folders else 0
     if saved_by != jax.process_count():
@@ -195,30 +187,22 @@ def _check_data_position(path: epath.Path) -> None:
 
 
 def _record(plan: Plan) -> dict[str, WeightRecord]:
-    return {
-        path: WeightRecord(
+    found = {}
+    for path, layer in plan.items():
+        axes = layer.axes
+        if axes is not None:  # the last ones may have no name
+            axes = (*axes, *[None] * (len(layer.shape) - len(axes)))
+        found[path] = WeightRecord(
             shape=tuple(layer.shape),
             sparsity=layer.level,
             kept=layer.kept,
             pattern=to_text(layer.pattern),
             algorithm=type(layer.algorithm).__name__,
-            start_step=_start_step(layer.algorithm.updates),
-            axes=_axes_of(layer),
+            start_step=getattr(layer.algorithm.updates, "start_step", 0),
+            axes=axes,
             stack_axes=tuple(layer.stack_axes),
         )
-        for path, layer in plan.items()
-    }
-
-
-def _axes_of(layer: LayerPlan) -> tuple[str | None, ...] | None:
-    """The logical name of every axis, None where an axis has none."""
-    if layer.axes is None:
-        return None
-    return (*layer.axes, *[None] * (len(layer.shape) - len(layer.axes)))
-
-
-def _start_step(updates: Any) -> int:
-    return getattr(updates, "start_step", 0)
+    return found
 
 
 def _read_record(path: epath.Path) -> dict[str, WeightRecord]:
@@ -283,16 +267,17 @@ def _check_record(path: epath.Path, plan: Plan) -> None:
         )
 
 
+def has_masks(names: Iterable[str]) -> bool:
+    """Whether a state with leaves of these names has masks."""
+    return any(name.startswith(f"{SPARSITY}masks/") for name in names)
+
+
 def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     """Compares the leaves under state/sparsity that a run has with those of a checkpoint.
 
     Raises:
       ValueError: they are others, or have other shapes.
     """
-
-    def has_masks(leaves):
-        return any(name.startswith(f"{SPARSITY}masks/") for name in leaves)
-
     # a run by sparsity/dense.gin has left a key, but no masks
     if expected and not found or has_masks(expected) and not has_masks(found):
         raise ValueError(
@@ -302,16 +287,8 @@ def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
             "set another MODEL_DIR"
         )
 
-    def shape(leaf):
-        # a state of axes has none
-        return tuple(leaf.shape) if hasattr(leaf, "shape") else None
-
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    other = [
-        f"{name} has shape {shape(found[name])} where this run has {shape(leaf)}"
-        for name, leaf in expected.items()
-        if name in found and shape(found[name]) != shape(leaf) and shape(found[name])
-    ]
+    other = _other_shapes(expected, found)
     explored = f"{SPARSITY}{EXPLORED}/"
     if (missing or unexpected) and all(n.startswith(explored) for n in missing + unexpected):
         now, then = ("tracks", "doesn't have") if missing else ("doesn't track", "has")
@@ -332,6 +309,23 @@ def check_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
         )
 
 
+def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], remedy: str) -> None:
+    """Raises ValueError where leaves differ in shape; the host reads one as it was saved."""
+    other = _other_shapes(expected, found)
+    if other:
+        raise ValueError(f"in the checkpoint, {first_few(other, 6, '; ')}; {remedy}")
+
+
+def _other_shapes(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    other = []
+    for name, leaf in expected.items():
+        # a state of axes has no shapes
+        was, now = getattr(found.get(name), "shape", None), getattr(leaf, "shape", None)
+        if None not in (was, now) and tuple(was) != tuple(now):
+            other.append(f"{name} has shape {tuple(was)} where this run has {tuple(now)}")
+    return other
+
+
 def check_masks_will_change(plan: Plan, step: int) -> None:
     """Raises ValueError where a run that starts at `step` comes too late for its mask updates."""
     late = [s.last for s in update_schedules(plan) if s.last < step]
@@ -350,7 +344,7 @@ def check_start_step(plan: Plan, step: int) -> None:
 
     The step is then not the checkpoint's: it wasn't read, or not its step.
     """
-    start = max((_start_step(s) for s in update_schedules(plan)), default=0)
+    start = max((getattr(s, "start_step", 0) for s in update_schedules(plan)), default=0)
     if start > step:
         raise ValueError(
             f"the run starts at step {step}, but its mask updates count from step {start} "

@@ -56,7 +56,7 @@ def make_sparse(train: Any, config: Any, *, from_dense_checkpoint: bool = False)
         arguments, trainer = fdl.ordered_arguments(trainer), fdl.get_callable(trainer)
     if trainer is sparse_trainer:
         raise ValueError("the configuration is sparse already; call make_sparse once")
-    if isinstance(initializer, fdl.Buildable) or initializer is not host.TrainStateInitializer:
+    if initializer is not host.utils.TrainStateInitializer:
         raise ValueError(
             f"train_state_initializer_cls is {_describe(initializer)}, whose place "
             "SparseTrainStateInitializer would take; leave it unset"

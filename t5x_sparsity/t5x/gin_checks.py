@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gin
-from gin.config import ConfigurableReference
+from gin.config import ConfigurableReference, iterate_references
 
 from t5x_sparsity.artifacts.macros import sparsity_macros
 from t5x_sparsity.t5x.initializer import SparseTrainStateInitializer
@@ -15,12 +15,6 @@ from t5x_sparsity.t5x.optimizer import UNDRIVEN
 from t5x_sparsity.t5x.trainer import NOT_SPARSE, sparse_trainer
 
 Config = Mapping[tuple[str, str], Mapping[str, Any]]
-
-
-def register() -> None:
-    """Has gin check every configuration when it is finalized; harmless if called again."""
-    if check not in gin.config._FINALIZE_HOOKS:
-        gin.config.register_finalize_hook(check)
 
 
 def check(config: Config) -> None:
@@ -35,6 +29,9 @@ def check(config: Config) -> None:
     _check_total_steps(config)
 
 
+gin.config.register_finalize_hook(check)
+
+
 def _check_both_halves(config: Config) -> None:
     for (_, selector), bindings in config.items():
         trainer = _wrapped(bindings.get("trainer_cls"))
@@ -46,7 +43,7 @@ def _check_both_halves(config: Config) -> None:
 
 def _check_macros(config: Config) -> None:
     bound = {scope for scope, selector in config if selector == "gin.macro"}
-    read = {name for bindings in config.values() for v in bindings.values() for name in _macros(v)}
+    read = _macros(config)
     if "INITIAL_CHECKPOINT_PATH" in bound - read:
         raise ValueError(
             "INITIAL_CHECKPOINT_PATH is bound, but nothing reads it, and the run would start from "
@@ -70,14 +67,16 @@ def _check_macros(config: Config) -> None:
 
 def _check_total_steps(config: Config) -> None:
     """Shares such as MASK_UPDATE_END = 0.75 are of TRAIN_STEPS, which relative steps overrule."""
-    macros = {
-        scope: b.get("value") for (scope, selector), b in config.items() if "macro" in selector
-    }
+    macros = {scope: b.get("value") for (scope, name), b in config.items() if name == "gin.macro"}
+    has_shares = any(
+        selector.startswith("t5x_sparsity.") and "total_steps" in bindings
+        for (_, selector), bindings in config.items()
+    )
     for (_, selector), bindings in config.items():
         relative = bindings.get("relative_steps")
         for name in _macros(relative):
             relative = macros.get(name)
-        if relative is not None and _has_shares(config):
+        if relative is not None and has_shares:
             raise ValueError(
                 f"{selector}.relative_steps (TRAIN_STEPS_RELATIVE) is {relative}, so that the run "
                 "doesn't end at TRAIN_STEPS, of which MASK_UPDATE_BEGIN and MASK_UPDATE_END are "
@@ -85,26 +84,11 @@ def _check_total_steps(config: Config) -> None:
             )
 
 
-def _has_shares(config: Config) -> bool:
-    return any(
-        selector.startswith("t5x_sparsity.") and "total_steps" in bindings
-        for (_, selector), bindings in config.items()
-    )
-
-
 def _wrapped(value: Any) -> Any:
     return value.configurable.wrapped if isinstance(value, ConfigurableReference) else None
 
 
-def _macros(value: Any) -> Iterator[str]:
-    """Names of the macros that a bound value reads."""
-    if isinstance(value, ConfigurableReference):
-        if value.configurable.selector == "gin.macro":
-            yield "/".join(value.scopes)
-    elif isinstance(value, Mapping):
-        for k, v in value.items():
-            yield from _macros(k)
-            yield from _macros(v)
-    elif isinstance(value, list | tuple | set):
-        for v in value:
-            yield from _macros(v)
+def _macros(value: Any) -> set[str]:
+    """Names of the macros that a bound value reads, or all those of a mapping."""
+    references = iterate_references(value, to=gin.get_configurable("gin.macro"))
+    return {"/".join(reference.scopes) for reference in references}

@@ -17,7 +17,7 @@ from t5x_sparsity.t5x.optimizer import (
 )
 
 
-class SparseTrainStateInitializer(host.TrainStateInitializer):
+class SparseTrainStateInitializer(host.utils.TrainStateInitializer):
     """T5X's initializer, over the run's optimizer made sparse.
 
     Where there is no optimizer (evaluation, inference), nothing changes: the weights of a sparse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +13,24 @@ import flax.core
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_sparsity import host
 from t5x_sparsity.core.contract import DENSE, Plan
 from t5x_sparsity.core.optimizer_slots import zero_slots
 from t5x_sparsity.core.plan import SparsityConfig
 from t5x_sparsity.core.train_step import SparsityState, forward_weights, init_state, train_step
 from t5x_sparsity.core.trees import flatten, unflatten
-from t5x_sparsity.t5x.checkpoints import SPARSITY, check_leaves, check_masks_will_change
+from t5x_sparsity.host import optimizers, utils
+from t5x_sparsity.t5x.checkpoints import (
+    OTHER_MODEL,
+    OTHER_OPTIMIZER,
+    SPARSITY,
+    check_leaves,
+    check_masks_will_change,
+    check_shapes,
+    has_masks,
+)
 
 UNDRIVEN = (
     "this run has sparsity's train state but not its trainer, and would train without masks: a "
@@ -30,7 +39,7 @@ UNDRIVEN = (
 )
 
 
-class StepKind(enum.Enum):
+class StepKind(enum.StrEnum):
     """Which of the two train steps is compiled."""
 
     PLAIN = "plain"
@@ -51,7 +60,7 @@ class SparseOptimizerState:
     sparsity: SparsityState
 
 
-class SparseOptimizer(host.OptimizerDef):
+class SparseOptimizer(optimizers.OptimizerDef):
     """Any T5X optimizer, training sparse.
 
     It holds configuration and no arrays. `step_kind` is the train step that `apply_gradient` is
@@ -59,7 +68,7 @@ class SparseOptimizer(host.OptimizerDef):
     `fills_in` is whether the state is made from scratch, to fill in what a checkpoint lacks.
     """
 
-    def __init__(self, base: host.OptimizerDef, config: SparsityConfig):
+    def __init__(self, base: optimizers.OptimizerDef, config: SparsityConfig):
         # not OptimizerDef's own __init__: hyper_params are the base's
         self.base = base
         self.config = config
@@ -79,9 +88,9 @@ class SparseOptimizer(host.OptimizerDef):
         The masks of such a state belong to weights that the checkpoint replaces, so its state dict
         has None for them; `restore_state` makes those from the weights that were loaded.
         """
-        other = copy.copy(self)
-        other.fills_in = True
-        return other
+        filling = copy.copy(self)
+        filling.fills_in = True
+        return filling
 
     @property
     def hyper_params(self):
@@ -101,11 +110,10 @@ class SparseOptimizer(host.OptimizerDef):
 
         A weight that a MultiOptimizer leaves untrained stays dense, unless a rule matches it.
         """
-        weights = flatten(params)
         idle = _untrained(self.base, params)
         weights = {
             p: x
-            for p, x in weights.items()
+            for p, x in flatten(params).items()
             if p not in idle or any(re.search(rule.path, p) for rule in self.config.rules)
         }
         return self.config.plan(weights, self._axes)
@@ -121,7 +129,7 @@ class SparseOptimizer(host.OptimizerDef):
     def create(self, target):
         state = self.init_state(target)
         weights = forward_weights(self.plan(target), state.sparsity, flatten(target))
-        return host.Optimizer(self, state, unflatten(target, weights))
+        return optimizers.Optimizer(self, state, unflatten(target, weights))
 
     def apply_gradient(self, hyper_params, params, state, grads):
         """One train step's change of weights and optimizer state, and of masks in an update."""
@@ -144,21 +152,17 @@ class SparseOptimizer(host.OptimizerDef):
             gradient_step=gradient_step,
             updates_masks=self.step_kind is StepKind.UPDATE,
         )
-        new_state = SparseOptimizerState(
-            # a step that only updates masks is a step too
-            step=jnp.asarray(state.step + 1, jnp.int32),
-            param_states=zero_slots(
-                result.optimizer_state.param_states, result.reset, result.weights
-            ),
-            sparsity=result.state,
-        )
-        return unflatten(params, result.weights), new_state
+        # a step that only updates masks is a step too
+        step = jnp.asarray(state.step + 1, jnp.int32)
+        slots = zero_slots(result.optimizer_state.param_states, result.reset, result.weights)
+        return unflatten(params, result.weights), SparseOptimizerState(step, slots, result.state)
 
     def derive_logical_axes(self, optimizer, param_logical_axes):
         """The base's axes; a mask has its weight's."""
         state = optimizer.state
         base = self.base.derive_logical_axes(
-            host.Optimizer(self.base, _base_state(state), optimizer.target), param_logical_axes
+            optimizers.Optimizer(self.base, _base_state(state), optimizer.target),
+            param_logical_axes,
         )
         # The host casts a leaf without axes to the checkpoint's dtype, counters included; such
         # leaves are replicated, so say so.
@@ -167,16 +171,11 @@ class SparseOptimizer(host.OptimizerDef):
             k: PartitionSpec() if v is None and real.get(k) is not None else v
             for k, v in _flat_dict(base.state_dict()).items()
         }
-        base = base.restore_state(_nested_dict(axes))
+        base = base.restore_state(unflatten_dict(axes, sep="/"))
         weight_axes = _flatten_axes(param_logical_axes)
         sparsity = _state_of(state.sparsity, lambda name, path: weight_axes[path], PartitionSpec())
-        return host.Optimizer(
-            self,
-            SparseOptimizerState(
-                step=PartitionSpec(), param_states=base.state.param_states, sparsity=sparsity
-            ),
-            base.target,
-        )
+        state = SparseOptimizerState(PartitionSpec(), base.state.param_states, sparsity)
+        return optimizers.Optimizer(self, state, base.target)
 
     def state_dict(self, target, state):
         """The base's state dict, with the masks at `state/sparsity`."""
@@ -185,9 +184,8 @@ class SparseOptimizer(host.OptimizerDef):
         flat = {k: v for k, v in flat.items() if v is not None or not _is_slot(k)}
         flat["state/step"] = state.step
         leaves = sparsity_leaves(state.sparsity)
-        if self.fills_in:
-            leaves = dict.fromkeys(leaves)
-        return _nested_dict(flat | leaves)
+        flat |= dict.fromkeys(leaves) if self.fills_in else leaves
+        return unflatten_dict(flat, sep="/")
 
     def restore_state(self, opt_target, opt_state, state_dict):
         flat = _flat_dict(state_dict)
@@ -196,40 +194,33 @@ class SparseOptimizer(host.OptimizerDef):
         dense = {k: v for k, v in flat.items() if k not in sparse}
         dense |= {k: v for k, v in reference.items() if v is None and _is_slot(k)}
         target, base_state = self.base.restore_state(
-            opt_target, _base_state(opt_state), _nested_dict(dense)
+            opt_target, _base_state(opt_state), unflatten_dict(dense, sep="/")
         )
-        expected = sparsity_leaves(opt_state.sparsity)
         read = {k: v for k, v in sparse.items() if v is not None}
-        has_masks = any(k.startswith(f"{SPARSITY}masks/") for k in read)
-        if self.fills_in and not read and _same_leaves(opt_target, target):
+        leaves = jax.tree.leaves(opt_target), jax.tree.leaves(target)
+        if self.fills_in and not read and all(map(operator.is_, *leaves)):
             # nothing was loaded, as where T5X replaces the step: the masks are of these weights
             sparsity = opt_state.sparsity
-        elif len(read) < len(sparse) and not has_masks:
+        elif len(read) < len(sparse) and not has_masks(read):
             slots = {k: v for k, v in reference.items() if _is_slot(k)}
-            _check_shapes(slots, dense)
+            check_shapes(slots, dense, OTHER_OPTIMIZER)
             target, sparsity = self._start_from(opt_target, target, base_state.step)
         else:
-            check_leaves(expected, read, "the state to restore")
-            sparsity = _state_of(
-                opt_state.sparsity,
-                lambda name, path: read[f"{SPARSITY}{name}/{path}"],
-                read[f"{SPARSITY}rng"],
-            )
-            sparsity = _in_dtype_of(target, sparsity)
-        return target, SparseOptimizerState(
-            step=base_state.step, param_states=base_state.param_states, sparsity=sparsity
-        )
+            check_leaves(sparsity_leaves(opt_state.sparsity), read, "the state to restore")
+            weights = flatten(target)
+
+            def leaf(name, path):
+                x = read[f"{SPARSITY}{name}/{path}"]
+                return _in_dtype_of(weights[path], x) if name == DENSE else x
+
+            sparsity = _state_of(opt_state.sparsity, leaf, read[f"{SPARSITY}rng"])
+        return target, SparseOptimizerState(base_state.step, base_state.param_states, sparsity)
 
     def _start_from(self, shapes, target, step) -> tuple[Any, SparsityState]:
         """Masked weights and the state of sparsity to start with, from trained weights."""
         weights, plan = flatten(target), self.plan(shapes)
-        for path, shape in flatten(shapes).items():
-            if tuple(weights[path].shape) != tuple(shape.shape):
-                raise ValueError(
-                    f"the weight {path!r} has shape {tuple(weights[path].shape)} in the checkpoint "
-                    f"and {tuple(shape.shape)} in this run's model; set MODEL to the checkpoint's"
-                )
-        at = int(host.utils.get_local_data(step))
+        check_shapes(flatten(shapes), weights, OTHER_MODEL)
+        at = int(utils.get_local_data(step))
         check_masks_will_change(plan, at)
 
         def start(weights):
@@ -237,24 +228,18 @@ class SparseOptimizer(host.OptimizerDef):
             return forward_weights(plan, state, weights, at), state
 
         sparse = {p: weights[p] for p in plan}
-        if not sparse:
-            return target, start({})[1]
         # a mask, and whatever an algorithm keeps of a weight, lies where its weight lies
         where = {p: getattr(x, "sharding", None) for p, x in sparse.items()}
-        everywhere = next(iter(where.values()))
+        everywhere = next(iter(where.values()), None)
         if isinstance(everywhere, NamedSharding):
             everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
         state = jax.eval_shape(start, sparse)[1]
-        placed = SparsityState(
-            masks={p: where[p] for p in state.masks},
-            rng=everywhere,
-            slots={n: {p: where[p] for p in arrays} for n, arrays in state.slots.items()},
-        )
+        placed = _state_of(state, lambda _, p: where[p], everywhere)
         masked, state = jax.jit(start, out_shardings=(where, placed))(sparse)
         return unflatten(target, weights | masked), state
 
 
-def optimizer_of(train_state) -> host.OptimizerDef | None:
+def optimizer_of(train_state) -> optimizers.OptimizerDef | None:
     """The optimizer definition of a train state; None for a state without, as in inference."""
     return getattr(getattr(train_state, "_optimizer", None), "optimizer_def", None)
 
@@ -282,38 +267,14 @@ def _state_of(like: SparsityState, leaf: Callable[[str, str], Any], rng: Any) ->
     )
 
 
-def _in_dtype_of(target, sparsity: SparsityState) -> SparsityState:
-    """Dense weights under a mask in their weight's dtype, which the host may have read in another.
+def _in_dtype_of(weight, x):
+    """A dense weight under a mask in its weight's dtype; the host may have read it in another.
 
-    The model sees what is made of them, and no train step may change its weights' dtype.
+    The model sees what is made of it, and no train step may change its weights' dtype.
     """
-    if DENSE not in sparsity.slots:
-        return sparsity
-    weights = flatten(target)
-
-    def cast(x, like):
-        # a state of axes has no dtypes
-        known = hasattr(x, "astype") and hasattr(like, "dtype")
-        return x.astype(like.dtype) if known and x.dtype != like.dtype else x
-
-    dense = {p: cast(x, weights[p]) for p, x in sparsity.slots[DENSE].items()}
-    return sparsity._replace(slots={**sparsity.slots, DENSE: dense})
-
-
-def _same_leaves(a, b) -> bool:
-    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """The host reads a slot in whatever shape it was saved."""
-    for name, leaf in expected.items():
-        was, now = getattr(found.get(name), "shape", None), getattr(leaf, "shape", None)
-        if was is not None and now is not None and tuple(was) != tuple(now):
-            raise ValueError(
-                f"{name} has shape {tuple(was)} in the checkpoint and {tuple(now)} in this run's "
-                "optimizer; set OPTIMIZER to the checkpoint's, or start the optimizer afresh by "
-                "utils.RestoreCheckpointConfig.assignment_map = [('state/param_states/.*', None)]"
-            )
+    # a state of axes has no dtypes
+    known = hasattr(x, "astype") and hasattr(weight, "dtype")
+    return x.astype(weight.dtype) if known and x.dtype != weight.dtype else x
 
 
 def _untrained(optimizer, params) -> set[str]:
@@ -329,7 +290,7 @@ def _untrained(optimizer, params) -> set[str]:
 
 
 def _base_state(state: SparseOptimizerState):
-    return host.OptimizerState(step=state.step, param_states=state.param_states)
+    return optimizers.OptimizerState(step=state.step, param_states=state.param_states)
 
 
 def _is_slot(key: str) -> bool:
@@ -337,11 +298,7 @@ def _is_slot(key: str) -> bool:
 
 
 def _flat_dict(tree) -> dict[str, Any]:
-    return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
-
-
-def _nested_dict(flat) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return flatten_dict(flax.core.unfreeze(tree), sep="/", keep_empty_nodes=True)
 
 
 def _flatten_axes(axes) -> dict[str, PartitionSpec]:

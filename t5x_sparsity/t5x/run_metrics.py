@@ -36,16 +36,12 @@ class RunMetrics:
     def __init__(self, plan: Plan, axes: SparsityState, partitioner: Any, manager: Any):
         """Makes nothing yet.
 
-        Args:
-          plan: of the run.
-          axes: logical axes, or PartitionSpecs, of the state of sparsity.
-          partitioner: the run's; it compiles the functions of masks, which all processes run.
-          manager: the host's MetricsManager of training.
+        `axes` are those of the state of sparsity, logical or PartitionSpecs. The run's
+        `partitioner` compiles the functions of masks, which all processes run. `manager` is the
+        host's MetricsManager of training.
         """
         self._plan, self._manager = plan, manager
-        self._schedules = update_schedules(plan)
         masks, explored = axes.masks, axes.slots.get(EXPLORED, {})
-        self._tracks = bool(explored)
         shown = mask_metrics.pictured(plan)
 
         def compiled(fn: Callable, *inputs: Any, out: Any) -> Callable:
@@ -95,12 +91,18 @@ class RunMetrics:
             copied = self._copy(state.masks)
             self._before |= {p: copied[p] for p in self._watched[step]}
 
-    def end_period(self, step: int, state: SparsityState) -> concurrent.futures.Future:
-        """Writes the metrics of a period; the future's result maps names to clu.values.Value."""
+    def end_period(
+        self, step: int, state: SparsityState, base: concurrent.futures.Future
+    ) -> concurrent.futures.Future:
+        """Writes the metrics of a period, and adds them to the result of `base`, the host's own.
+
+        The future's result maps names to clu.values.Value.
+        """
         scalars: dict[str, float] = {}
         if self._flops is not None:
             scalars |= mask_metrics.flops_scalars(self._flops.advance(step))
         counts, pictures, updated = None, None, frozenset(self._before)
+        tracks = EXPLORED in state.slots
         if state.masks:
             targets = mask_metrics.scheduled_sparsities(self._plan, step)
             before = {**state.masks, **self._before}
@@ -118,14 +120,15 @@ class RunMetrics:
                         np.asarray(counts),
                         targets=targets,
                         updated=updated,
-                        explored=self._tracks,
+                        explored=tracks,
                     )
                 )
             if scalars:
                 self._manager.write_scalars(step, scalars)
             if pictures and jax.process_index() == 0:
                 self._write_pictures(step, pictures)
-            return {name: clu.values.Scalar(value) for name, value in scalars.items()}
+            own = {name: clu.values.Scalar(value) for name, value in scalars.items()}
+            return {**(base.result() or {}), **own}
 
         future = self._pool.submit(write)
         self._pending = [f for f in self._pending if not f.done() or f.exception()] + [future]
@@ -139,8 +142,9 @@ class RunMetrics:
             future.result()
 
     def _pictures_are_due(self, step: int) -> bool:
-        begins = [getattr(s, "begin", 0) for s in self._schedules]
-        first, last = min(begins, default=0), max((s.last for s in self._schedules), default=0)
+        schedules = update_schedules(self._plan)
+        first = min((getattr(s, "begin", 0) for s in schedules), default=0)
+        last = max((s.last for s in schedules), default=0)
         passed = sum(step > first + share * (last - first) for share in _PICTURE_TIMES)
         due = passed > self._pictures
         self._pictures = passed

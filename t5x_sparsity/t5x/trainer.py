@@ -81,17 +81,6 @@ class TrainStep:
         return lambda: TrainStep(lowered.compile(), self._optimizer)
 
 
-class _Summary:
-    """The future of a training summary, with that of the masks added."""
-
-    def __init__(self, base, masks: concurrent.futures.Future):
-        self._base = base
-        self._masks = masks
-
-    def result(self):
-        return {**(self._base.result() or {}), **self._masks.result()}
-
-
 class SparseTrainer:
     """Mixin over any T5X trainer. The host knows the step, and so which of two programs to run."""
 
@@ -99,7 +88,6 @@ class SparseTrainer:
 
     def __init__(self, **kwargs):
         train_state = kwargs["train_state"]
-        optimizer = None
         # evaluation jobs pass no train state
         if train_state is not None:
             if not isinstance(optimizer_of(train_state), SparseOptimizer):
@@ -107,40 +95,35 @@ class SparseTrainer:
             # a state made from scratch is the run's own from here on
             optimizer = kwargs["train_state_axes"]._optimizer.optimizer_def
             kwargs = kwargs | {"train_state": with_optimizer(train_state, optimizer)}
+            self._plan = optimizer.plan(train_state.params)
+            self._schedules = update_schedules(self._plan)
             # an abstract state, to compile ahead of time, has no step yet
             if not isinstance(train_state.step, jax.ShapeDtypeStruct):
-                step = int(host.utils.get_local_data(train_state.step))
-                check_start_step(optimizer.plan(train_state.params), step)
+                check_start_step(self._plan, _read_step(train_state))
         super().__init__(**kwargs)
-        self._optimizer_def = optimizer
-        self._compiled_steps: dict[str, concurrent.futures.Future[TrainStep]] = {}
+        self._compiled_steps: dict[StepKind, concurrent.futures.Future[TrainStep]] = {}
         self._host_step: int | None = None
         self._last_eval: dict[str, float] = {}
         self._trained = False
         self._model_dir = kwargs.get("summary_dir")
-        if train_state is not None:
-            shapes = flatten(train_state.params)
-            self._shapes = {p: tuple(x.shape) for p, x in shapes.items()}
-            self._plan = optimizer.plan(train_state.params)
-            self._schedules = update_schedules(self._plan)
-            if self._model_dir and jax.process_index() == 0:
-                write_record(self._model_dir, self._plan)
-                _log_plan(self._plan, self._shapes, self._model_dir)
+        if train_state is not None and self._model_dir and jax.process_index() == 0:
+            write_record(self._model_dir, self._plan)
+            _log_plan(self._plan, flatten(train_state.params), self._model_dir)
 
     @functools.cached_property
-    def _steps(self) -> dict[str, TrainStep]:
+    def _steps(self) -> dict[StepKind, TrainStep]:
         """The base trainer's own step, built once for each kind."""
-        kinds = [StepKind.PLAIN, StepKind.UPDATE] if self._schedules else [StepKind.PLAIN]
         steps = {}
-        for kind in kinds:
-            optimizer = self._optimizer_def.for_step(kind)
+        for kind in StepKind if self._schedules else [StepKind.PLAIN]:
+            optimizer = self._train_state_axes._optimizer.optimizer_def.for_step(kind)
             view = copy.copy(self)
             view._train_state = None
             view._train_state_axes = with_optimizer(self._train_state_axes, optimizer)
-            steps[kind.value] = TrainStep(_base_train_step(view), optimizer)
+            step = super(SparseTrainer, view)._partitioned_train_step
+            steps[kind] = TrainStep(step, optimizer)
         return steps
 
-    def train_step_variants(self) -> dict[str, TrainStep]:
+    def train_step_variants(self) -> dict[StepKind, TrainStep]:
         """{'plain': step} and, where masks are updated, {'update': step}; each has `.lower`."""
         return dict(self._steps)
 
@@ -151,17 +134,17 @@ class SparseTrainer:
     def _dispatch(self, train_state, batch):
         """Runs the step that is due; the host counts, nothing is read from the device."""
         if self._host_step is None:
-            self._host_step = int(host.utils.get_local_data(train_state.step))
+            self._host_step = _read_step(train_state)
         step = self._step_of(self._kind(self._host_step))
         self._run_metrics.before_step(self._host_step, train_state._optimizer.state.sparsity)
         self._host_step += 1
         return step(train_state, batch)
 
-    def _kind(self, step: int) -> str:
+    def _kind(self, step: int) -> StepKind:
         due = any(updates.is_update(step) for updates in self._schedules)
-        return (StepKind.UPDATE if due else StepKind.PLAIN).value
+        return StepKind.UPDATE if due else StepKind.PLAIN
 
-    def _step_of(self, kind: str) -> TrainStep:
+    def _step_of(self, kind: StepKind) -> TrainStep:
         if not self._compiled_steps:
             return self._steps[kind]
         for compiling in self._compiled_steps.values():
@@ -173,19 +156,19 @@ class SparseTrainer:
     def train(self, batch_iter, num_steps, start_step=None):
         """As the base's; the summary also has what RunMetrics reports."""
         if start_step is None:
-            start_step = int(host.utils.get_local_data(self.train_state.step))
+            start_step = _read_step(self.train_state)
         self._host_step = int(start_step)
         self._trained = True
         self._run_metrics.start_period(self._host_step, num_steps)
         summary = super().train(batch_iter, num_steps, start_step=start_step)
         state = self.train_state._optimizer.state.sparsity
-        return _Summary(summary, self._run_metrics.end_period(self._host_step, state))
+        return self._run_metrics.end_period(self._host_step, state, summary)
 
     def compile_train(self, batch) -> None:
         """Compiles the step that comes first; a thread compiles the other as that one runs."""
         tick = time.time()
         state = self.train_state
-        first = self._kind(int(host.utils.get_local_data(state.step)))
+        first = self._kind(_read_step(state))
         order = sorted(self._steps, key=lambda kind: kind != first)
         # traced here, where a mistake stops the run before it starts
         compilers = {kind: self._steps[kind].compiler(state, batch) for kind in order}
@@ -211,11 +194,9 @@ class SparseTrainer:
     def layer_summaries(self) -> list[summary.LayerSummary]:
         """Target and actual sparsity per weight, the total last. Reads counts from the device."""
         masks = self.train_state._optimizer.state.sparsity.masks
-        kept = {}
-        if masks:
-            counts = jax.tree.map(host.utils.get_local_data, self._count(masks))
-            kept = {p: summary.total_kept(c) for p, c in counts.items()}
-        return summary.summarize(self._shapes, kept, self._plan)
+        counts = jax.tree.map(host.utils.get_local_data, self._count(masks)) if masks else {}
+        kept = {p: summary.total_kept(c) for p, c in counts.items()}
+        return summary.summarize({p: x.shape for p, x in self._plan.items()}, kept, self._plan)
 
     @functools.cached_property
     def _count(self):
@@ -247,20 +228,19 @@ class SparseTrainer:
             super().close()
 
 
-def _log_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]], model_dir: str) -> None:
+def _read_step(train_state) -> int:
+    return int(host.utils.get_local_data(train_state.step))
+
+
+def _log_plan(plan: Plan, weights: Mapping[str, Any], model_dir: str) -> None:
     size = sum(layer.size for layer in plan.values())
     pruned = sum(layer.level * layer.size for layer in plan.values())
-    whole = sum(math.prod(shape) for shape in shapes.values())
+    whole = sum(math.prod(x.shape) for x in weights.values())
     logging.info(
-        "%d of %d arrays are sparse, with %d of %d weights, %.2f%% of them zero in the end; "
-        "%s/%s lists them. The others stay dense.",
-        len(plan),
-        len(shapes),
-        size,
-        whole,
-        100 * pruned / size if size else 0,
-        model_dir,
-        RECORD,
+        "%s",
+        f"{len(plan)} of {len(weights)} arrays are sparse, with {size} of {whole} weights, "
+        f"{100 * pruned / size if size else 0:.2f}% of them zero in the end; "
+        f"{model_dir}/{RECORD} lists them. The others stay dense.",
     )
     for warning in ramp_warnings(plan):
         logging.warning("%s", warning)
@@ -277,19 +257,3 @@ def _log_report(
     if model_dir:
         lines.append(f"The run is in {model_dir}; see it by: t5x-sparsity report {model_dir}")
     logging.info("%s", "\n".join(lines))
-
-
-def _base_train_step(trainer):
-    """What the base class's `_partitioned_train_step` makes for `trainer`."""
-    for cls in type(trainer).__mro__:
-        attribute = cls.__dict__.get("_partitioned_train_step")
-        if attribute is None or issubclass(SparseTrainer, cls):
-            continue
-        make = getattr(attribute, "func", None) or getattr(attribute, "fget", None)
-        if make is None or getattr(attribute, "__isabstractmethod__", False):
-            break
-        return make(trainer)
-    raise TypeError(
-        f"{type(trainer).__name__}: the base trainer has no _partitioned_train_step property to "
-        "build the sparse steps from; bind sparse_trainer.base to a trainer that has"
-    )

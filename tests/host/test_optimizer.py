@@ -96,7 +96,7 @@ def started(name):
     target, sparsity = core_start(*dense_of(name))
     param_states = optimizer.base.init_state(target).param_states
     state = SparseOptimizerState(step=jnp.int32(0), param_states=param_states, sparsity=sparsity)
-    return host.Optimizer(optimizer, state, target)
+    return host.optimizers.Optimizer(optimizer, state, target)
 
 
 def applied(kind):
@@ -166,7 +166,7 @@ def test_plain_steps_are_the_bases_own_on_what_is_kept(name):
         return unflatten(target, packing.apply(flatten(target), stored)), base_state
 
     step = applied(StepKind.PLAIN)
-    own = state.target, host.OptimizerState(state.state.step, state.state.param_states)
+    own = state.target, host.optimizers.OptimizerState(state.state.step, state.state.param_states)
     for i in (1, 2):  # MultiSteps takes one step in two
         state, own = step(state, parameters(i)), expected(*own, parameters(i))
     assert jax.tree.structure(state) == jax.tree.structure(start)

@@ -136,7 +136,7 @@ def initializer(config, optimizer="adamw", partitioner=None, build=stacked_model
     shapes = {k: (BATCH, LENGTH) for k in FEATURES}
     arguments = (optimizer_def, net.get_initial_variables, shapes, partitioner)
     if config is None:
-        made = host.TrainStateInitializer(*arguments)
+        made = host.utils.TrainStateInitializer(*arguments)
     else:
         made = SparseTrainStateInitializer(*arguments, config=config)
     return made, net, partitioner

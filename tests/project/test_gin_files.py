@@ -148,7 +148,7 @@ def test_methods_go_on_top_of_the_run_file(configure, method):
     model = next(path for path in MODELS if path.stem == "decoder_tiny")
     called = configure(model, RUN, method, **REQUIRED)
     assert called["trainer_cls"] is not host.trainer.Trainer
-    assert called["train_state_initializer_cls"] is not host.TrainStateInitializer
+    assert called["train_state_initializer_cls"] is not host.utils.TrainStateInitializer
 
 
 def test_stdlib_example_is_complete(configure):
@@ -228,7 +228,7 @@ def test_c4_example_on_t5x(configure, monkeypatch):
     assert (train.mixture_or_task_name, train.batch_size) == ("c4_v220_span_corruption", 256)
     assert called["model"].module.config.emb_dim == 768
     assert called["trainer_cls"] is not host.trainer.Trainer
-    assert called["train_state_initializer_cls"] is not host.TrainStateInitializer
+    assert called["train_state_initializer_cls"] is not host.utils.TrainStateInitializer
 
 
 @pytest.mark.parametrize(

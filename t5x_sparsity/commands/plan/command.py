@@ -164,7 +164,7 @@ def _compile(config: run_file.Run, initializer, devices: aot.Slice) -> dict[str,
         variants = {}
         if isinstance(own, SparseTrainer):
             base = type(own).__bases__[1]
-            dense, dense_state = made(config.initializer(host.TrainStateInitializer), base)
+            dense, dense_state = made(config.initializer(host.utils.TrainStateInitializer), base)
             variants = own.train_step_variants()
         steps = {"dense": (dense._partitioned_train_step, dense_state)}
         steps |= {kind: (step, own_state) for kind, step in variants.items()}
