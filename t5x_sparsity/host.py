@@ -54,7 +54,6 @@ if TYPE_CHECKING or NAME == "embedded":
         from t5x_sparsity.embedded import (
             adafactor,
             checkpoints,
-            decoder_only,
             gin_utils,
             models,
             network,
@@ -64,6 +63,7 @@ if TYPE_CHECKING or NAME == "embedded":
             trainer,
             utils,
         )
+        from t5x_sparsity.embedded import network as decoder_only
         from t5x_sparsity.embedded import train as train_lib
 else:
     try:

@@ -75,10 +75,8 @@ class Model:
         weights = batch["decoder_loss_weights"]
         loss = jnp.sum(losses * weights)
         values = {
-            "loss": metrics.AveragePerStep(total=loss),
+            "loss": metrics.Total(loss, "step"),
             "loss_per_nonpadding_target_token": clu_metrics.Average(loss, jnp.sum(weights)),
-            "timing/steps_per_second": metrics.StepsPerTime(),
-            "timing/seconds": metrics.Time(),
         }
         return loss, values
 
@@ -161,7 +159,7 @@ def run(model_dir, total_steps=6, *, save=None, restore=None, **overrides):
 
 def leaves(state):
     """The state dict as {name: numpy array}."""
-    return {k: np.asarray(v) for k, v in utils.flatten_dict_string_keys(state.state_dict()).items()}
+    return {k: np.asarray(v) for k, v in optimizers.flatten(state.state_dict()).items()}
 
 
 def initial_state(partitioner=None):
