@@ -76,7 +76,7 @@ def _is_local(path: str) -> bool:
 def _files(
     root: str, is_wanted: Callable[[str], Any], skipped: Set[str] = frozenset()
 ) -> dict[str, str]:
-    """Maps the name of each wanted file below `root` to its path; `skipped` are names of folders."""
+    """Maps the name of each wanted file below `root` to its path; `skipped` names folders."""
     files = {}
     for folder, subfolders, names in os.walk(root) if _is_local(root) else tf.io.gfile.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import FrozenDict, freeze
 
+from t5x_sparsity.core.trees import flatten, unflatten
 from t5x_sparsity.embedded.optimizers import (
     HyperParams,
     Optimizer,
     OptimizerDef,
     OptimizerState,
-    flatten,
-    unflatten,
     with_axes,
 )
 from t5x_sparsity.embedded.refusals import missing_from, refuse, refuse_options
@@ -116,28 +115,28 @@ class Adafactor(OptimizerDef):
             v_row, v_col, v = map(jnp.zeros, means if rows else ((1,), (1,), param.shape))
             m = jnp.zeros((1,) if self.beta1 is None else param.shape)
             states[path] = AdafactorParamState(v_row, v_col, v, m)
-        return OptimizerState(jnp.zeros((), jnp.int32), unflatten(states, like=params))
+        return OptimizerState(jnp.zeros((), jnp.int32), unflatten(params, states))
 
     def apply_gradient(
         self, hyper_params: HyperParams, params: PyTree, state: OptimizerState, grads: PyTree
     ) -> tuple[PyTree, OptimizerState]:
         """Returns the updated parameters and state."""
         rate, step = hyper_params.learning_rate, state.step
-        slots, grads = flatten(state.param_states), flatten(grads)
+        slots, grads = _slots_of(state), flatten(grads)
         new_params, new_slots = {}, {}
         for path, param in flatten(params).items():
             new_params[path], new_slots[path] = self._update_param(
                 rate, path, param, slots[path], grads[path].astype(jnp.float32), step
             )
-        new_state = OptimizerState(step + 1, unflatten(new_slots, like=params))
-        return unflatten(new_params, like=params), new_state
+        new_state = OptimizerState(step + 1, unflatten(params, new_slots))
+        return unflatten(params, new_params), new_state
 
     def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
         """Returns `optimizer` with logical axes for leaves.
 
         `v` and `m` have the parameter's; row and column means are small, and replicated: None.
         """
-        slots = flatten(optimizer.state.param_states)
+        slots = _slots_of(optimizer.state)
         states = {
             path: AdafactorParamState(
                 v_row=None,
@@ -147,8 +146,7 @@ class Adafactor(OptimizerDef):
             )
             for path, axes in flatten(param_logical_axes).items()
         }
-        states = unflatten(states, like=optimizer.state.param_states)
-        return with_axes(optimizer, states, param_logical_axes)
+        return with_axes(optimizer, unflatten(optimizer.target, states), param_logical_axes)
 
     def _factoring(self, path: str, shape: tuple[int, ...]) -> tuple[tuple, tuple, tuple]:
         """Returns (averaged axes, rows, columns) of a parameter; no rows means it is unfactored."""
@@ -211,6 +209,10 @@ class Adafactor(OptimizerDef):
             update = self.beta1 * slots.m + (1.0 - self.beta1) * update
             slots = slots.replace(m=update)
         return (param - update).astype(param.dtype), slots
+
+
+def _slots_of(state: OptimizerState) -> dict[str, AdafactorParamState]:
+    return flatten(state.param_states, is_leaf=lambda x: isinstance(x, AdafactorParamState))
 
 
 def _rule_of_axes(path: str, axes: Sequence, rules: Mapping) -> tuple[FactorDim, ...]:

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, saved_arrays
 from t5x_sparsity.artifacts.checkpoint_folders import absolute
+from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded.refusals import missing_from
 
 __getattr__ = missing_from(__name__)
@@ -87,7 +88,7 @@ def plan_restore(
       ValueError: leaves are missing (unless `fallback_to_scratch`), of another shape, or read from
         the same array; the first few are shown.
     """
-    wanted = _arrays(expected)
+    wanted = flatten(expected)
     saved: Any = unflatten_dict(saved_leaves(path), sep="/")
     for transform in transformations:
         saved = transform(saved, dict(expected), is_resuming=is_resuming)
@@ -219,7 +220,7 @@ def save(
     if step in manager.all_steps():
         return False
     # None and empty nodes can't be read back; `restore` takes them from the model instead.
-    leaves = _arrays(train_state.state_dict())
+    leaves = flatten(train_state.state_dict())
     args = {
         name: ocp.SaveArgs(dtype=np.dtype(dtype) if dtype and _is_weight(name, leaf) else None)
         for name, leaf in leaves.items()
@@ -231,11 +232,6 @@ def save(
     if batches is not None:
         items[_DATASET] = ocp.args.JsonSave({"batches": batches})
     return bool(manager.save(step, args=ocp.args.Composite(**items), force=True))
-
-
-def _arrays(state_dict: Mapping) -> dict[str, Any]:
-    flat = flatten_dict(dict(state_dict), sep="/", keep_empty_nodes=True)
-    return {name: leaf for name, leaf in flat.items() if hasattr(leaf, "shape")}
 
 
 def _is_weight(name: str, leaf: Any) -> bool:

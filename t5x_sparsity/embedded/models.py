@@ -3,9 +3,10 @@
 They train and evaluate with teacher forcing. To predict, load the checkpoint in T5X.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import clu.metrics
 import jax
@@ -24,49 +25,41 @@ PyTree = Any
 Batch = Mapping[str, jax.Array]
 
 
+@dataclasses.dataclass
 class BaseTransformerModel:
-    """What both families share. SIDES are those of the module, which batches have features of.
+    """What both families share.
 
     label_smoothing: probability, in [0, 1), spread over the wrong tokens, in evaluation too.
     z_loss: coefficient of the square of the softmax's log normaliser, added to the loss.
     loss_normalizing_factor: what the loss of a batch is divided by; None: a plain sum over tokens.
     feature_converter_cls: how seqio makes features of examples; None takes the class's own.
-    decode_fn: accepted for T5X's sake, and not used.
+    decode_fn: not used; in T5X it is for inference.
     """
 
-    FEATURE_CONVERTER_CLS: Callable[..., seqio.FeatureConverter]
-    SIDES: tuple[str, ...]
+    FEATURE_CONVERTER_CLS: ClassVar[Callable[..., seqio.FeatureConverter]]
+    SIDES: ClassVar[tuple[str, ...]]  # of the module, of which batches have features
 
-    def __init__(
-        self,
-        module: nn.Module,
-        input_vocabulary: seqio.Vocabulary,
-        output_vocabulary: seqio.Vocabulary,
-        optimizer_def: optimizers.OptimizerDef,
-        decode_fn: Callable | None = None,
-        feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        loss_normalizing_factor: float | None = None,
-    ):
-        if feature_converter_cls is not None:
-            self.FEATURE_CONVERTER_CLS = feature_converter_cls
-        if not 0.0 <= label_smoothing < 1.0:
+    module: nn.Module
+    input_vocabulary: seqio.Vocabulary
+    output_vocabulary: seqio.Vocabulary
+    optimizer_def: optimizers.OptimizerDef
+    decode_fn: Callable | None = None
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_normalizing_factor: float | None = None
+
+    def __post_init__(self):
+        if self.feature_converter_cls is not None:
+            self.FEATURE_CONVERTER_CLS = self.feature_converter_cls
+        if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"{type(self).__name__}.label_smoothing must be at least 0 and below 1, got "
-                f"{label_smoothing!r}."
+                f"{self.label_smoothing!r}."
             )
-        if isinstance(loss_normalizing_factor, str):
+        if isinstance(self.loss_normalizing_factor, str):
             name = f"models.{type(self).__name__}.loss_normalizing_factor"
-            refuse(name, loss_normalizing_factor, why="divides by a number alone")
-        self.module = module
-        self.optimizer_def = optimizer_def
-        self.input_vocabulary = input_vocabulary
-        self.output_vocabulary = output_vocabulary
-        self.decode_fn = decode_fn
-        self._label_smoothing = label_smoothing
-        self._z_loss = z_loss
-        self._loss_normalizing_factor = loss_normalizing_factor
+            refuse(name, self.loss_normalizing_factor, why="divides by a number alone")
 
     def get_initial_variables(
         self,
@@ -94,9 +87,9 @@ class BaseTransformerModel:
             logits,
             targets,
             weights,
-            label_smoothing=self._label_smoothing,
-            z_loss=self._z_loss,
-            loss_normalizing_factor=self._loss_normalizing_factor,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            loss_normalizing_factor=self.loss_normalizing_factor,
         )
         segment_ids = _segment_ids_of(batch)
         return loss, compute_base_metrics(logits, targets, weights, loss, z_loss, segment_ids)

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import serialization, struct, traverse_util
-from flax.core import FrozenDict, freeze, unfreeze
+from flax import serialization, struct
 
+from t5x_sparsity.core.trees import flatten, path_of, unflatten
 from t5x_sparsity.embedded.refusals import missing_from
 
 __getattr__ = missing_from(__name__, ", or wrap an optax optimizer in optimizers.OptaxWrapper")
@@ -102,7 +102,7 @@ class Optimizer(struct.PyTreeNode):
 
 def with_axes(optimizer: Optimizer, param_states: PyTree, param_axes: PyTree) -> Optimizer:
     """Returns `optimizer` with these logical axes for leaves; the step has none."""
-    target = unflatten(flatten(param_axes), like=optimizer.target)
+    target = unflatten(optimizer.target, flatten(param_axes))
     return optimizer.replace(state=OptimizerState(None, param_states), target=target)
 
 
@@ -136,24 +136,13 @@ class OptaxWrapper(OptimizerDef):
         axes, params = flatten(param_logical_axes), flatten(optimizer.target)
 
         def axes_of(key_path, leaf):
-            names = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
+            names = path_of(key_path).split("/")
             paths = ("/".join(names[start:]) for start in range(len(names)))
             shape = getattr(leaf, "shape", None)
             return next((axes[p] for p in paths if p in axes and params[p].shape == shape), None)
 
         states = jax.tree_util.tree_map_with_path(axes_of, optimizer.state.param_states)
         return with_axes(optimizer, states, param_logical_axes)
-
-
-def flatten(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of nested dicts by path, keys joined by '/'."""
-    return traverse_util.flatten_dict(unfreeze(tree), sep="/")
-
-
-def unflatten(flat: Mapping[str, Any], like: PyTree) -> PyTree:
-    """Returns nested dicts of these leaves, frozen where `like` is."""
-    tree = traverse_util.unflatten_dict(dict(flat), sep="/")
-    return freeze(tree) if isinstance(like, FrozenDict) else tree
 
 
 def _wrapped(make: Callable[..., optax.GradientTransformation]) -> Callable[..., OptaxWrapper]:

@@ -13,6 +13,7 @@ import numpy as np
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from t5x_sparsity.core.trees import path_of
 from t5x_sparsity.embedded.refusals import missing_from, refuse_options
 from t5x_sparsity.embedded.train_state import FlaxOptimTrainState
 
@@ -114,9 +115,8 @@ class PjitPartitioner:
             try:
                 return flax_partitioning.logical_to_mesh_axes(axes, self.logical_axis_rules)
             except ValueError as error:
-                name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
                 raise ValueError(
-                    f"The logical axes {tuple(axes)} of '{name}' can not be mapped to the mesh by "
+                    f"The logical axes {tuple(axes)} of '{path_of(path[1:])}' can not be mapped by "
                     f"PjitPartitioner.logical_axis_rules: {error} Give each axis a name of its own."
                 ) from error
 

@@ -9,6 +9,7 @@ from flax import struct
 from flax.core import FrozenDict, freeze
 from flax.linen import partitioning as flax_partitioning
 
+from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded import optimizers
 
 
@@ -36,8 +37,8 @@ class FlaxOptimTrainState(struct.PyTreeNode):
                 "trains parameters only. Use T5X for it."
             )
         axes = flax_partitioning.get_axis_names(params_axes)
-        paths, named = optimizers.flatten(params), optimizers.flatten(axes)
-        missing = sorted(set(paths) - set(named))
+        paths = flatten(params)
+        missing = sorted(set(paths) - set(flatten(axes)))
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(paths)} leaves of 'params' have no logical axes, among "

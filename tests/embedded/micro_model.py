@@ -17,6 +17,7 @@ from clu import metrics as clu_metrics
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh
 
+from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded import metrics, optimizers, partitioning, trainer, utils
 from t5x_sparsity.embedded.train import train
 
@@ -159,7 +160,7 @@ def run(model_dir, total_steps=6, *, save=None, restore=None, **overrides):
 
 def leaves(state):
     """The state dict as {name: numpy array}."""
-    return {k: np.asarray(v) for k, v in optimizers.flatten(state.state_dict()).items()}
+    return {k: np.asarray(v) for k, v in flatten(state.state_dict()).items()}
 
 
 def initial_state(partitioner=None):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from t5x_sparsity.embedded import checkpoints, optimizers, partitioning, utils
+from t5x_sparsity.core.trees import flatten
+from t5x_sparsity.embedded import checkpoints, partitioning, utils
 
 
 class State:
@@ -74,7 +75,7 @@ def saved(directory, like, **kwargs):
 
 
 def flat(nested):
-    return {k: np.asarray(v) for k, v in optimizers.flatten(nested).items()}
+    return {k: np.asarray(v) for k, v in flatten(nested).items()}
 
 
 def same(a, b):

@@ -8,6 +8,7 @@ import pytest
 from flax.core import FrozenDict, freeze
 from jax.sharding import PartitionSpec as P
 
+from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded import optimizers
 
 AXES = freeze({"a": {"kernel": P("embed", "mlp")}, "kernel": P("mlp", "embed"), "b": P("embed")})
@@ -121,10 +122,10 @@ def test_state_dict_has_the_leaves_and_restores_a_state_without_any():
     optimizer = optimizers.adamw(1e-3).create(params_of())
     state_dict = optimizer.state_dict()
     assert list(state_dict) == ["target", "state"]
-    leaves = optimizers.flatten(state_dict["state"]["param_states"])
+    leaves = flatten(state_dict["state"]["param_states"])
     assert {path.split("/")[0] for path in leaves} == {"0"}
     sgd = optimizers.sgd(1e-3).create(params_of())
-    assert set(optimizers.flatten(sgd.state_dict()["state"])) == {"step"}
+    assert set(flatten(sgd.state_dict()["state"])) == {"step"}
     assert jax.tree.structure(sgd.restore_state(sgd.state_dict())) == jax.tree.structure(sgd)
 
 
