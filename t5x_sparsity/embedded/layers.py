@@ -16,7 +16,6 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-param_with_axes = flax_partitioning.param_with_axes
 constrain = flax_partitioning.with_sharding_constraint
 
 _scaled = functools.partial(nn.initializers.variance_scaling, 1.0)
@@ -27,6 +26,12 @@ _MASKED = -1e10
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZE = "an integer of at least 1"
 _ACTIVATIONS = "a sequence of 'linear' and names in flax.linen, such as ('gelu', 'linear')"
+
+
+def _param(name: str, init: Callable, **sizes: int) -> jax.Array:
+    """A float32 parameter of the module at hand; `sizes` has a size per logical axis."""
+    shape, axes = tuple(sizes.values()), tuple(sizes)
+    return flax_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +87,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
-        kernel = param_with_axes("kernel", self.init, shape, jnp.float32, axes=self.axes)
+        sizes = dict(zip(self.axes, (x.shape[-1], self.features), strict=True))
+        kernel = _param("kernel", self.init, **sizes)
         return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
@@ -96,9 +101,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Divides the last axis by its root mean square, in float32, and scales it."""
-        scale = param_with_axes(
-            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
-        )
+        scale = _param("scale", nn.initializers.ones, embed=x.shape[-1])
         x = x.astype(jnp.float32)
         power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         normed = x * jax.lax.rsqrt(power + self.epsilon)
@@ -113,13 +116,8 @@ class TokenEmbedding(nn.Module):
     dtype: Any
 
     def setup(self):
-        self.embedding = param_with_axes(
-            "embedding",
-            nn.initializers.normal(stddev=1.0),
-            (self.vocab_size, self.features),
-            jnp.float32,
-            axes=("vocab", "embed"),
-        )
+        init = nn.initializers.normal(stddev=1.0)
+        self.embedding = _param("embedding", init, vocab=self.vocab_size, embed=self.features)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps ids [batch, length] to vectors [batch, length, features]."""
@@ -143,13 +141,8 @@ class RelativePositionBias(nn.Module):
     @nn.compact
     def __call__(self, length: int, bidirectional: bool) -> jax.Array:
         """Returns the bias [1, heads, length, length] of queries (rows) and keys (columns)."""
-        table = param_with_axes(
-            "rel_embedding",
-            _scaled("fan_avg", "uniform"),
-            (self.num_heads, _BUCKETS),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
-        )
+        init = _scaled("fan_avg", "uniform")
+        table = _param("rel_embedding", init, heads=self.num_heads, relpos_buckets=_BUCKETS)
         buckets = relative_position_buckets(length, bidirectional)
         one_hot = jnp.asarray(buckets[..., None] == np.arange(_BUCKETS), self.dtype)
         return jnp.einsum("hb,qkb->hqk", table.astype(self.dtype), one_hot)[None]
@@ -245,8 +238,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         bias: jax.Array,
-        memory: jax.Array | None,
-        memory_bias: jax.Array | None,
+        memory: tuple[jax.Array, jax.Array] | None,  # vectors and their bias
         deterministic: bool,
     ) -> jax.Array:
         cfg = self.config
@@ -263,7 +255,7 @@ class Block(nn.Module):
         if memory is not None:
             y = normed(x, "cross_attention")
             cross = Attention(cfg, name="encoder_decoder_attention")
-            x = residual(x, cross(y, memory, memory_bias, deterministic))
+            x = residual(x, cross(y, *memory, deterministic))
         return residual(x, Mlp(cfg, name="mlp")(normed(x, "mlp"), deterministic))
 
 
@@ -297,13 +289,13 @@ class Stack(nn.Module):
         )
         positions = RelativePositionBias(cfg.num_heads, cfg.dtype, name="relpos_bias")
         bias = positions(tokens.shape[-1], is_encoder) + _mask_bias(mask, cfg.dtype)
-        memory_bias = None if memory is None else _mask_bias(memory_mask, cfg.dtype)
+        if memory is not None:
+            memory = memory, _mask_bias(memory_mask, cfg.dtype)
 
         x = _dropout(cfg)(embedding(tokens), deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))
         for i in range(self.num_layers):
-            block = Block(cfg, self.role, name=f"layers_{i}")
-            x = block(x, bias, memory, memory_bias, deterministic)
+            x = Block(cfg, self.role, name=f"layers_{i}")(x, bias, memory, deterministic)
         x = RMSNorm(cfg.dtype, name=f"{self.role}_norm")(x)
         if is_encoder:
             return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import logging
@@ -179,47 +180,38 @@ def train(
         report = stack.enter_context(progress.Progress(first_step, total_steps))
         batches = report.count(batches)
         periods = (stats_period, eval_period, save_cfg.period)
-        for segment in segments(first_step, total_steps, *periods):
+        stops = segment_ends(first_step, total_steps, *periods)
+        for start, stop in itertools.pairwise([first_step, *stops]):
             try:
-                steps = segment.stop - segment.start
-                summary = loop.train(batches, steps, start_step=segment.start)
+                summary = loop.train(batches, stop - start, start_step=start)
             except trainer.PreemptionError:
                 if checkpoint_cfg.save:
                     save()
                 raise
-            report.watch(segment.stop, summary)
-            if segment.save:
+            report.watch(stop, summary)
+            if is_due(save_cfg.period, stop, first_step, total_steps):
                 save()
-            if segment.evaluate:
-                evaluate(segment.stop)
+            if is_due(eval_period, stop, first_step, total_steps):
+                evaluate(stop)
         return total_steps, loop.train_state
 
 
-class Segment(NamedTuple):
-    """Steps [start, stop) that are dispatched in one go, and what follows them."""
-
-    start: int
-    stop: int
-    save: bool
-    evaluate: bool
-
-
-def segments(
+def segment_ends(
     first: int, total: int, stats: int | None, evaluate: int | None, save: int | None
-) -> Iterator[Segment]:
-    """The segments from step `first` to `total`; periods, None or 0 for never, count from `first`.
+) -> Iterator[int]:
+    """The steps, from `first` to `total`, up to which steps are dispatched in one go.
 
-    A segment ends at the next multiple of the shorter of `evaluate` and `save`, or of `stats`
-    within it. The end of training counts as a multiple of every period.
+    It is the next multiple of the shorter of the periods `evaluate` and `save`, or of `stats`
+    within it. Periods, None or 0 for never, count from `first`.
     """
     shortest = min((x for x in (evaluate, save) if x), default=max(total - first, 1))
+    stop = first
+    while stop < total:
+        whole = stop + shortest - (stop - first) % shortest
+        stop = min(total, whole, stop + (stats or shortest))
+        yield stop
 
-    def due(period, stop):
-        return bool(period) and (stop == total or (stop - first) % period == 0)
 
-    start = first
-    while start < total:
-        whole = start + shortest - (start - first) % shortest
-        stop = min(total, whole, start + (stats or shortest))
-        yield Segment(start, stop, due(save, stop), due(evaluate, stop))
-        start = stop
+def is_due(period: int | None, stop: int, first: int, total: int) -> bool:
+    """Whether a period ends at step `stop`; the end of training counts as a multiple of each."""
+    return bool(period) and (stop == total or (stop - first) % period == 0)

@@ -100,10 +100,9 @@ class Trainer:
     ):
         """Prepare a trainer, by T5X's arguments; nothing is compiled yet.
 
-        The arrays of `train_state` are given away to the first step. `rng` is folded with the step
-        number into the key of each step. TensorBoard events go to `summary_dir` (`train`,
-        `training_eval/<name>`), or nowhere if it is None. `num_microbatches` is into how many parts
-        a batch is cut to save memory; None: not at all.
+        The arrays of `train_state` are given away to the first step. TensorBoard events go to
+        `summary_dir` (`train`, `training_eval/<name>`), or nowhere if it is None. A batch is cut
+        into `num_microbatches` parts to save memory; None: not at all.
         """
         name = "trainer.Trainer.weight_metrics_computer"
         refuse(name, weight_metrics_computer, None, "has no metrics of single weights")

@@ -23,10 +23,15 @@ from t5x_sparsity.embedded import checkpoints, optimizers, startup, train, train
 
 
 def plan(first, total, stats=None, eval=None, checkpoint=None):
+    ends = train.segment_ends(first, total, stats, eval, checkpoint)
     return [
-        (s.start, s.stop, "S" * s.save + "E" * s.evaluate)
-        for s in train.segments(first, total, stats, eval, checkpoint)
+        (start, stop, due(checkpoint, stop, first, total, "S") + due(eval, stop, first, total, "E"))
+        for start, stop in itertools.pairwise([first, *ends])
     ]
+
+
+def due(period, stop, first, total, letter):
+    return letter * train.is_due(period, stop, first, total)
 
 
 def test_segments_by_hand():
