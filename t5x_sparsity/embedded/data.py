@@ -70,10 +70,6 @@ def get_dataset(
     With a seed the order is the same in every process that reads it: reads that race each other
     are put back in order.
     """
-    if cfg.batch_size % num_shards:
-        raise ValueError(
-            f"The batch size {cfg.batch_size} doesn't divide among {num_shards} data shards."
-        )
     provider = _provider(cfg)
     if cfg.split not in provider.splits:
         raise ValueError(

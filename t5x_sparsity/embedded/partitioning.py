@@ -102,7 +102,6 @@ class PjitPartitioner:
             )
 
     def get_logical_axes(self, train_state: FlaxOptimTrainState) -> FlaxOptimTrainState:
-        """Returns the state with a logical PartitionSpec, or None, for each leaf."""
         return train_state.as_logical_axes()
 
     def get_mesh_axes(self, train_state: FlaxOptimTrainState) -> FlaxOptimTrainState:

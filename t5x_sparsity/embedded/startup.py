@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
+from t5x_sparsity.artifacts.checkpoint_folders import absolute, find_checkpoint
 from t5x_sparsity.embedded import checkpoints, utils
 
 
@@ -83,7 +84,9 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
         with_dataset = bool(cfg.save and cfg.save.save_dataset)
         dtype = cfg.save.dtype if cfg.save else "float32"
     elif restore.path:
-        path = _initial_checkpoint(restore)
+        path = absolute(restore.path)
+        if restore.mode == "latest":
+            path = str(find_checkpoint(path).folder)
         logging.info("Starting from %s.", path)
         with_dataset, dtype = restore.restore_dataset, restore.dtype
     else:
@@ -104,17 +107,3 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
             "utils.RestoreCheckpointConfig.restore_dataset) to False to read from the start."
         )
     return Source(path, plan, batches, dtype, fallback_to_scratch)
-
-
-def _initial_checkpoint(restore: utils.RestoreCheckpointConfig) -> str:
-    path = os.path.abspath(os.path.expanduser(restore.path))
-    if restore.mode == "specific":
-        return path
-    step = checkpoints.latest_step(path)
-    if step is None:
-        raise ValueError(
-            f"utils.RestoreCheckpointConfig.path is {path}, which holds no checkpoint_<step>. "
-            "Set the folder of a run, path = [] to start from scratch, or mode = 'specific' for "
-            "one checkpoint."
-        )
-    return checkpoints.checkpoint_path(path, step)

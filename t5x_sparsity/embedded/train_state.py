@@ -36,8 +36,7 @@ class FlaxOptimTrainState(struct.PyTreeNode):
                 f"The model has the mutable collections {sorted(collections)}; the embedded host "
                 "trains parameters only. Use T5X for it."
             )
-        axes = flax_partitioning.get_axis_names(params_axes)
-        paths = flatten(params)
+        axes, paths = flax_partitioning.get_axis_names(params_axes), flatten(params)
         missing = sorted(set(paths) - set(flatten(axes)))
         if missing:
             raise ValueError(
@@ -55,7 +54,6 @@ class FlaxOptimTrainState(struct.PyTreeNode):
 
     @property
     def params(self) -> FrozenDict:
-        """The parameters, as the model's `params` collection."""
         return self._optimizer.target
 
     @property
@@ -81,5 +79,5 @@ class FlaxOptimTrainState(struct.PyTreeNode):
     def as_logical_axes(self) -> FlaxOptimTrainState:
         """Returns the state with a logical PartitionSpec, or None, for each leaf."""
         axes = flax_partitioning.get_axis_names(self.params_axes)
-        optimizer_def = self._optimizer.optimizer_def
-        return FlaxOptimTrainState(optimizer_def.derive_logical_axes(self._optimizer, axes))
+        derive = self._optimizer.optimizer_def.derive_logical_axes
+        return FlaxOptimTrainState(derive(self._optimizer, axes))

@@ -247,11 +247,11 @@ ERRORS = {
     ),
     "restore nothing": (
         lambda: {"restore": {"path": "/nowhere"}},
-        "RestoreCheckpointConfig.path is /nowhere, which holds no checkpoint_<step>",
+        "/nowhere doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR",
     ),
     "restore empty": (
         lambda: {"restore": {"path": os.path.dirname(__file__)}},
-        "holds no checkpoint_<step>. Set the folder of a run",
+        "holds no checkpoint: neither is it one, nor has it a folder checkpoint_<step>",
     ),
     "split": (
         lambda: {"train_dataset_cfg": micro.dataset_config("test")},
