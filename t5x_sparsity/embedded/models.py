@@ -69,10 +69,7 @@ class BaseTransformerModel:
     ) -> FrozenDict:
         """Returns the collections `params` and `params_axes` for inputs of these shapes."""
         types = input_types or {}
-        batch = {
-            name: jnp.ones(shape, types.get(name, jnp.int32))
-            for name, shape in input_shapes.items()
-        }
+        batch = {k: jnp.ones(shape, types.get(k, jnp.int32)) for k, shape in input_shapes.items()}
         # Targets have the shape of inputs, and are not always among the features that are declared.
         batch.setdefault("decoder_target_tokens", batch["decoder_input_tokens"])
         return freeze(self._apply(self.module.init, rng, batch, enable_dropout=False))
@@ -110,14 +107,9 @@ class BaseTransformerModel:
     def _compute_logits(
         self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        has_dropout = dropout_rng is not None
-        return self._apply(
-            self.module.apply,
-            {"params": params},
-            batch,
-            enable_dropout=has_dropout,
-            rngs={"dropout": dropout_rng} if has_dropout else None,
-        )
+        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+        state, method = {"params": params}, self.module.apply
+        return self._apply(method, state, batch, enable_dropout=rngs is not None, rngs=rngs)
 
     def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
         """Calls the module's `init` or `apply` on a key or variables, and the batch's features."""

@@ -43,7 +43,7 @@ def accumulate_grads_microbatched(
     batch: Batch,
     dropout_rng: jax.Array,
     num_microbatches: int | None,
-    data_sharding: NamedSharding | None = None,
+    data_sharding: NamedSharding,
 ) -> tuple[Any, Metrics]:
     """Gradients and metrics of a batch, summed in float32 over equal consecutive parts of it.
 
@@ -55,9 +55,7 @@ def accumulate_grads_microbatched(
         return grads, dict(metrics)
 
     size = len(next(iter(batch.values())))
-    shards = 1
-    if data_sharding is not None:
-        shards = math.prod(data_sharding.mesh.shape[a] for a in data_sharding.spec if a)
+    shards = math.prod(data_sharding.mesh.shape[a] for a in data_sharding.spec if a)
     if num_microbatches < 1 or size % num_microbatches or size // num_microbatches % shards:
         raise ValueError(
             f"trainer.Trainer.num_microbatches is {num_microbatches}; a batch of {size} over "
@@ -69,8 +67,7 @@ def accumulate_grads_microbatched(
     def one(carry, part):
         rng, total = carry
         rng, part_rng = jax.random.split(rng)
-        if data_sharding is not None:
-            part = jax.lax.with_sharding_constraint(part, data_sharding)
+        part = jax.lax.with_sharding_constraint(part, data_sharding)
         (_, metrics), grads = grad_fn(train_state.params, part, part_rng)
         total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
         return (rng, total), dict(metrics)

@@ -16,8 +16,11 @@ import optax
 import pytest
 import tensorflow as tf
 from clu import asynclib
+from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_sparsity.embedded import metrics, trainer, utils
+
+SHARDING = NamedSharding(micro.OneDevice().mesh, PartitionSpec("data"))
 
 
 def make(num_microbatches=None, eval_names=("a", "b"), summary_dir=None, **kwargs):
@@ -110,7 +113,7 @@ def test_microbatches_sum_to_the_batch(num_microbatches):
             state = micro.initial_state()[1]
             grads.append(
                 trainer.accumulate_grads_microbatched(
-                    whole._model, state, micro.batch(), jax.random.PRNGKey(0), count
+                    whole._model, state, micro.batch(), jax.random.PRNGKey(0), count, SHARDING
                 )[0]
             )
     for name in grads[0]:
@@ -134,9 +137,9 @@ def test_each_microbatch_has_its_own_rows_and_key():
 
     _, state, _, _ = micro.initial_state()
     batch = micro.batch()
-    jax.jit(
-        lambda s: trainer.accumulate_grads_microbatched(Spy(), s, batch, jax.random.PRNGKey(0), 4)
-    )(state)
+    key = jax.random.PRNGKey(0)
+    accumulate = trainer.accumulate_grads_microbatched
+    jax.jit(lambda s: accumulate(Spy(), s, batch, key, 4, SHARDING))(state)
     jax.effects_barrier()
     rows = sorted(row for part, _ in seen for row in part)
     assert rows == sorted(batch["decoder_target_tokens"][:, 0].tolist())
