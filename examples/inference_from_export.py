@@ -22,7 +22,7 @@ from flax import linen as nn
 from jax.experimental import sparse
 
 from t5x_sparsity.artifacts.export import load_export
-from t5x_sparsity.embedded import decoder_only, layers
+from t5x_sparsity.embedded import layers, network
 
 
 def decoder(params, activations):
@@ -31,7 +31,7 @@ def decoder(params, activations):
     vocab_size, emb_dim = weights["token_embedder"]["embedding"].shape
     heads = weights["relpos_bias"]["rel_embedding"].shape[0]
     first = weights["layers_0"]
-    config = decoder_only.TransformerConfig(
+    config = network.TransformerConfig(
         vocab_size=vocab_size,
         emb_dim=emb_dim,
         num_layers=sum(name.startswith("layers_") for name in weights),
@@ -41,7 +41,7 @@ def decoder(params, activations):
         mlp_activations=activations,
         logits_via_embedding="logits_dense" not in weights,
     )
-    return decoder_only.DecoderWrapper(config)
+    return network.DecoderWrapper(config)
 
 
 def sparse_product(next_function, args, kwargs, context):

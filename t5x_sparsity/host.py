@@ -50,9 +50,9 @@ if TYPE_CHECKING or NAME == "embedded":
     with requires("embedded", "the embedded host"):
         from t5x_sparsity.embedded import adafactor as adafactor
         from t5x_sparsity.embedded import checkpoints as checkpoints
-        from t5x_sparsity.embedded import decoder_only as decoder_only
         from t5x_sparsity.embedded import gin_utils as gin_utils
         from t5x_sparsity.embedded import models as models
+        from t5x_sparsity.embedded import network as decoder_only  # noqa: F401
         from t5x_sparsity.embedded import network as network
         from t5x_sparsity.embedded import optimizers as optimizers
         from t5x_sparsity.embedded import partitioning as partitioning

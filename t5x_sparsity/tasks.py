@@ -17,7 +17,8 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 import seqio
@@ -37,19 +38,14 @@ _NOT_STDLIB_TEXT = frozenset(
 _FILES_IN_TURN = 32
 _SHUFFLE_BUFFER = 4096
 
-_OBJECTIVES = {"lm": ("targets",), "prefix_lm": ("inputs", "targets")}
-
 _NO_STDLIB = (
     "Found {count} Python source files in the standard library folder {folder!r}; the stdlib_* "
     "tasks need at least {least}. Some distributions of Python ship no sources: use one that "
     "does, or name a folder of your own with MIXTURE_OR_TASK_NAME = @tasks.text_folder()."
 )
-_NO_PATH = (
-    "text_folder.path is not set. Name the folder that holds the text, for example "
-    "--gin.tasks.text_folder.path=\"'/data/books'\"."
-)
 _NO_FOLDER = (
-    "text_folder.path is {path!r}, which is not a folder. Name the folder that holds the text."
+    "text_folder.path is {path!r}, which is not a folder. Name the folder that holds the text, for "
+    "example --gin.tasks.text_folder.path=\"'/data/books'\"."
 )
 _NO_FILES = (
     "text_folder.path is {path!r}, where text_folder.pattern {pattern!r} matches {count} files "
@@ -70,24 +66,32 @@ _NO_TEXT = (
 
 
 def _name_hash(name: str) -> int:
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16], 16)
 
 
 def _is_local(path: str) -> bool:
     return "://" not in path
 
 
-def _stdlib_files() -> dict[str, str]:
-    """Maps the name of each source file of the standard library to its path."""
-    root = sysconfig.get_path("stdlib")
+def _files(
+    root: str, is_wanted: Callable[[str], Any], skipped: Set[str] = frozenset()
+) -> dict[str, str]:
+    """Maps the name of each wanted file below `root` to its path; `skipped` names folders."""
     files = {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _NOT_STDLIB_TEXT]
+    for folder, subfolders, names in os.walk(root) if _is_local(root) else tf.io.gfile.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]
         for name in names:
             path = os.path.join(folder, name)
-            if name.endswith(".py") and os.path.getsize(path):
-                files[os.path.relpath(path, root).replace(os.sep, "/")] = path
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            # Empty files give no examples. Elsewhere, asking would take one call per file.
+            if is_wanted(relative) and (not _is_local(root) or os.path.getsize(path)):
+                files[relative] = path
+    return files
+
+
+def _stdlib_files() -> dict[str, str]:
+    root = sysconfig.get_path("stdlib")
+    files = _files(root, lambda name: name.endswith(".py"), _NOT_STDLIB_TEXT)
     if len(files) < _MIN_STDLIB_FILES:
         raise ValueError(_NO_STDLIB.format(count=len(files), folder=root, least=_MIN_STDLIB_FILES))
     return files
@@ -101,18 +105,9 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
 
 
 def _folder_files(path: str, pattern: str) -> dict[str, str]:
-    """Maps the name of each matching file under `path` to its full path."""
     if not tf.io.gfile.isdir(path):
         raise ValueError(_NO_FOLDER.format(path=path))
-    matches = _glob_regex(pattern).fullmatch
-    files = {}
-    for folder, _, names in os.walk(path) if _is_local(path) else tf.io.gfile.walk(path):
-        for name in names:
-            full = os.path.join(folder, name)
-            relative = os.path.relpath(full, path).replace(os.sep, "/")
-            # Empty files give no examples. Elsewhere, asking would take one call per file.
-            if matches(relative) and (not _is_local(path) or os.path.getsize(full)):
-                files[relative] = full
+    files = _files(path, _glob_regex(pattern).fullmatch)
     if len(files) < 2:
         raise ValueError(_NO_FILES.format(path=path, pattern=pattern, count=len(files)))
     return files
@@ -128,7 +123,6 @@ class TextFiles(seqio.DataSource):
     """
 
     def __init__(self, find_files: Callable[[], Mapping[str, str]]):
-        """Keeps `find_files` for later: nothing is read yet."""
         # The number of examples is left unsaid: seqio would cache so small a source, and then
         # write all of its text into every checkpoint of the dataset's state.
         super().__init__(splits=("train", "validation"))
@@ -146,10 +140,8 @@ class TextFiles(seqio.DataSource):
             "validation": [files[name] for name in names if name in held_out],
         }
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """True: any number of shards is served here, none by dropping examples later."""
-        return True
+    # Any number of shards is served here, none by dropping examples later.
+    supports_arbitrary_sharding = True
 
     def list_shards(self, split: str) -> Sequence[str]:
         """Returns the paths of the files of `split`."""
@@ -166,7 +158,6 @@ class TextFiles(seqio.DataSource):
         **unused,
     ) -> tf.data.Dataset:
         """Returns the files of `split`, or one shard's part of them."""
-        del unused
         paths = self.list_shards(split)
         index, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         share_files = shards > len(paths)
@@ -216,7 +207,7 @@ def _cut(dataset: tf.data.Dataset, size: int, chunk: Callable) -> tf.data.Datase
 
 def cut_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
     """Cuts `text` into `targets`, int32 of sequence_length["targets"] or, at the end, fewer."""
-    (size,) = _lengths(sequence_length, _OBJECTIVES["lm"])
+    (size,) = _lengths(sequence_length, ("targets",))
     return _cut(dataset, size, lambda ids: {"targets": ids})
 
 
@@ -226,7 +217,7 @@ def cut_prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) 
     A file's last, shorter piece is cut in the same proportion, neither part empty; a last
     piece of a single byte is left out.
     """
-    inputs, targets = _lengths(sequence_length, _OBJECTIVES["prefix_lm"])
+    inputs, targets = _lengths(sequence_length, ("inputs", "targets"))
     size = inputs + targets
 
     def pair(ids: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -237,16 +228,20 @@ def cut_prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) 
     return _cut(dataset, size, pair).filter(lambda example: tf.size(example["targets"]) > 0)
 
 
+# objective -> features, what cuts the text to them
+_OBJECTIVES = {"lm": (("targets",), cut_lm), "prefix_lm": (("inputs", "targets"), cut_prefix_lm)}
+
+
 def _task(name: str, find_files: Callable[[], Mapping[str, str]], objective: str) -> seqio.Task:
     """Registers a task, or returns the one of that name."""
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
-    feature = seqio.Feature(vocabulary=VOCABULARY, add_eos=False)
+    features, cut = _OBJECTIVES[objective]
     return seqio.TaskRegistry.add(
         name,
         source=TextFiles(find_files),
-        output_features={key: feature for key in _OBJECTIVES[objective]},
-        preprocessors=[{"lm": cut_lm, "prefix_lm": cut_prefix_lm}[objective]],
+        output_features=dict.fromkeys(features, seqio.Feature(VOCABULARY, add_eos=False)),
+        preprocessors=[cut],
         shuffle_buffer_size=_SHUFFLE_BUFFER,
     )
 
@@ -271,7 +266,7 @@ def text_folder(path: str | None = None, pattern: str = "**/*.txt", objective: s
       ValueError: no such folder, fewer than two files with text in it, or another objective.
     """
     if not path:
-        raise ValueError(_NO_PATH)
+        raise ValueError(_NO_FOLDER.format(path=path))
     if objective not in _OBJECTIVES:
         raise ValueError(_BAD_OBJECTIVE.format(objective=objective))
     path = os.fspath(path)
@@ -283,26 +278,6 @@ def text_folder(path: str | None = None, pattern: str = "**/*.txt", objective: s
     task.source.list_shards("train")  # a bad folder is told of here, not once training starts
     # The name, not the task: T5X takes a seqio.Task object for one of AirIO's and fails on it.
     return name
-
-
-def _cut_at(length: int, inputs: int, size: int) -> int:
-    return min(max(length * inputs // size, 1), max(length - 1, 1))
-
-
-def _byte_counts(paths: Sequence[str], inputs: int = 0, size: int = 1) -> np.ndarray:
-    """Counts byte values, int64 [256], in the part of each `size` bytes that follows `inputs`."""
-    counts = np.zeros(256, np.int64)
-    for path in paths:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            text = file.read().decode("utf-8", "replace").encode("utf-8")
-        data = np.frombuffer(text, np.uint8)
-        whole = len(data) // size * size
-        body, rest = data[:whole].reshape(-1, size)[:, inputs:], data[whole:]
-        if inputs:
-            rest = rest[_cut_at(len(rest), inputs, size) :]
-        counts += np.bincount(body.ravel(), minlength=256)
-        counts += np.bincount(rest, minlength=256)
-    return counts
 
 
 def byte_unigram_nats(
@@ -329,12 +304,21 @@ def byte_unigram_nats(
         task = seqio.get_mixture_or_task(task)
     if not isinstance(getattr(task, "source", None), TextFiles):
         raise ValueError(_NO_TEXT.format(name=task.name))
-    inputs, size = 0, 1
+
+    def texts(split: str) -> Iterable[np.ndarray]:
+        for example in task.source.get_dataset(split, shuffle=False).as_numpy_iterator():
+            yield np.frombuffer(example["text"], np.uint8)
+
+    targets = texts(split)
     if task_feature_lengths is not None:
-        *before, targets = _lengths(task_feature_lengths, sorted(task.output_features))
-        inputs = sum(before)
-        size = inputs + targets
-    train = _byte_counts(task.source.list_shards("train")) + 1
-    held_out = _byte_counts(task.source.list_shards(split), inputs, size)
+        examples = task.get_dataset(task_feature_lengths, split=split, shuffle=False)
+        targets = (x["targets"] - _FIRST_BYTE_ID for x in examples.as_numpy_iterator())
+    train = _byte_counts(texts("train")) + 1
+    held_out = _byte_counts(targets)
     log_probability = np.log(train / train.sum())
     return float(-(held_out * log_probability).sum() / held_out.sum())
+
+
+def _byte_counts(texts: Iterable[np.ndarray]) -> np.ndarray:
+    """Counts of byte values, int64 [256]."""
+    return sum((np.bincount(text, minlength=256) for text in texts), np.zeros(256, np.int64))

@@ -14,6 +14,7 @@ all else.
 
 from __future__ import annotations
 
+import argparse
 import importlib.resources
 import os
 import sys
@@ -28,8 +29,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from t5x_sparsity.commands import one_line, quiet
 from t5x_sparsity.extras import MissingExtra, requires
 
-_HOST_FLAG = "--host"
-
 
 def _stop(error: object) -> NoReturn:
     """Ends the command with one line of error, before anything runs."""
@@ -37,18 +36,13 @@ def _stop(error: object) -> NoReturn:
     sys.exit(2)
 
 
-def _host_argument(argv: Sequence[str]) -> str | None:
-    """The host asked for, read before anything that depends on it is imported."""
-    for i, arg in enumerate(argv):
-        if arg == _HOST_FLAG and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(f"{_HOST_FLAG}="):
-            return arg.split("=", 1)[1]
-    return None
-
-
-if __name__ == "__main__" and _host_argument(sys.argv):
-    os.environ["T5X_SPARSITY_HOST"] = _host_argument(sys.argv)
+if __name__ == "__main__":
+    # read before anything that depends on it is imported; absl looks at it again
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--host")
+    wanted = early.parse_known_args(sys.argv)[0].host
+    if wanted:
+        os.environ["T5X_SPARSITY_HOST"] = wanted
 
 try:
     with quiet(), requires("embedded", "training"):
@@ -83,7 +77,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "IP:PORT of the coordinator.")
     flags.DEFINE_integer("process_count", None, "Number of processes.")
     flags.DEFINE_integer("process_index", None, "Index of this process.")
-    flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for the others.")
+    flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the others.")
 
 
 def _join_processes(values) -> None:
@@ -92,12 +86,11 @@ def _join_processes(values) -> None:
             "the embedded host trains on one process; run several with T5X, or drop "
             "--multiprocess_gpu"
         )
-    timeout = values.initialization_timeout
     jax.distributed.initialize(
         values.coordinator_address,
         values.process_count,
         values.process_index,
-        **({} if timeout is None else {"initialization_timeout": timeout}),
+        initialization_timeout=values.initialization_timeout,
     )
 
 
@@ -116,12 +109,12 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if not values.gin_file and not values.gin_bindings:
         _stop("no run is given; add --gin_file=FILE, such as --gin_file=examples/rigl_stdlib.gin")
-    logging.info(
-        "Host: %s",
-        f"T5X at {os.path.dirname(host.train_lib.__file__)}"
-        if host.NAME == "t5x"
-        else "the embedded host of t5x_sparsity (T5X is not in use)",
-    )
+    search, shown = list(values.gin_search_paths), "the embedded host of t5x_sparsity"
+    if host.NAME == "t5x":
+        folder = os.path.dirname(host.train_lib.__file__)
+        # T5X's gin files are found relative to its package's parent
+        search, shown = [*search, os.path.dirname(folder)], f"T5X at {folder}"
+    logging.info("Host: %s", shown)
     if values.multiprocess_gpu:
         _join_processes(values)
     if values.tfds_data_dir:
@@ -129,10 +122,6 @@ def main(argv: Sequence[str]) -> None:
     if values.seqio_additional_cache_dirs:
         seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)
     train_using_gin = gin.configurable(train)
-    search = list(values.gin_search_paths)
-    if host.NAME == "t5x":
-        # T5X's gin files are found relative to its package's parent
-        search.append(os.path.dirname(os.path.dirname(host.train_lib.__file__)))
     try:
         check_bindings(values.gin_bindings)
         host.gin_utils.parse_gin_flags(search, values.gin_file, values.gin_bindings)

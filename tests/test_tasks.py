@@ -309,7 +309,9 @@ def test_missing_or_thin_stdlib_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_folder_errors_name_the_binding(tmp_path):
-    with pytest.raises(ValueError, match="text_folder.path is not set.*--gin.tasks.text_folder"):
+    with pytest.raises(
+        ValueError, match="text_folder.path is None, which.*--gin.tasks.text_folder"
+    ):
         tasks.text_folder()
     with pytest.raises(ValueError, match="text_folder.path is '.*gone', which is not a folder"):
         tasks.text_folder(tmp_path / "gone")

@@ -5,7 +5,7 @@ The second moment of a matrix is kept as row and column means. A parameter with 
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import FrozenDict, freeze
 
+from t5x_sparsity.core.trees import flatten, unflatten
 from t5x_sparsity.embedded.optimizers import (
     HyperParams,
     Optimizer,
     OptimizerDef,
     OptimizerState,
-    flatten,
-    unflatten,
     with_axes,
 )
-from t5x_sparsity.embedded.refusals import refuse_options
+from t5x_sparsity.embedded.refusals import missing_from, refuse, refuse_options
+
+__getattr__ = missing_from(__name__)
 
 PyTree = Any
 
@@ -60,10 +61,11 @@ class AdafactorParamState:
 class Adafactor(OptimizerDef):
     """Adafactor as T5X has it: same state, same numbers. Its rarer options are T5X's alone.
 
-    learning_rate: usually given by the trainer at each step; relative to the parameter's scale.
+    The trainer gives the learning rate of each step.
+
     factored: keep row and column means where two axes reach `min_dim_size_to_factor`.
     multiply_by_parameter_scale: scale a step by the parameter's root mean square, at least 1e-3.
-    beta1: decay of the momentum, kept in float32; None keeps none.
+    beta1: decay of the momentum; None keeps none.
     decay_rate: the second moment of step t decays by 1 - (t - step_offset)**-decay_rate, t from 1.
     clipping_threshold: largest root mean square of an update before scaling; None clips nothing.
     logical_factor_rules: rule of each logical axis name, needed by parameters of rank above 2 or
@@ -72,7 +74,7 @@ class Adafactor(OptimizerDef):
 
     def __init__(
         self,
-        learning_rate: float | None = None,
+        *,
         factored: bool = True,
         multiply_by_parameter_scale: bool = True,
         beta1: float | None = None,
@@ -84,12 +86,10 @@ class Adafactor(OptimizerDef):
         **only_in_t5x: Any,
     ):
         refuse_options("adafactor.Adafactor", only_in_t5x)
-        if not isinstance(multiply_by_parameter_scale, bool):
-            raise TypeError(
-                "Adafactor.multiply_by_parameter_scale must be True or False on the embedded host, "
-                f"got {type(multiply_by_parameter_scale).__name__}. For rules use T5X."
-            )
-        super().__init__(HyperParams(learning_rate))
+        if multiply_by_parameter_scale is not False:
+            name = "adafactor.Adafactor.multiply_by_parameter_scale"
+            refuse(name, multiply_by_parameter_scale, True, "has one rule for all parameters")
+        super().__init__()
         self.factored = factored
         self.multiply_by_parameter_scale = multiply_by_parameter_scale
         self.beta1 = beta1
@@ -98,48 +98,45 @@ class Adafactor(OptimizerDef):
         self.clipping_threshold = clipping_threshold
         self.min_dim_size_to_factor = min_dim_size_to_factor
         self.logical_factor_rules = logical_factor_rules
-        self.factor_map: dict[str, tuple[FactorDim, ...]] | None = None  # a rule per parameter
+        self.factor_map: dict[str, tuple[FactorDim, ...]] = {}  # a rule per parameter
 
     def set_param_axes(self, param_logical_axes: PyTree) -> None:
         """Derives each parameter's factoring from its logical axes, if there are rules for them."""
-        rules = self.logical_factor_rules
-        if rules is not None:
-            self.factor_map = {
-                path: _rule_of_axes(path, tuple(axes), rules)
-                for path, axes in flatten(param_logical_axes).items()
-            }
+        if self.logical_factor_rules is not None:
+            for path, axes in flatten(param_logical_axes).items():
+                self.factor_map[path] = _rule_of_axes(path, axes, self.logical_factor_rules)
 
     def init_state(self, params: PyTree) -> OptimizerState:
         """Returns step 0 and an `AdafactorParamState` of zeros for each parameter."""
-        states = {path: self._init_param(path, p) for path, p in flatten(params).items()}
-        return OptimizerState(jnp.zeros((), jnp.int32), unflatten(states, like=params))
+        states = {}
+        for path, param in flatten(params).items():
+            _, rows, columns = self._factoring(path, param.shape)
+            means = (_without(param.shape, columns), _without(param.shape, rows), (1,))
+            v_row, v_col, v = map(jnp.zeros, means if rows else ((1,), (1,), param.shape))
+            m = jnp.zeros((1,) if self.beta1 is None else param.shape)
+            states[path] = AdafactorParamState(v_row, v_col, v, m)
+        return OptimizerState(jnp.zeros((), jnp.int32), unflatten(params, states))
 
     def apply_gradient(
         self, hyper_params: HyperParams, params: PyTree, state: OptimizerState, grads: PyTree
     ) -> tuple[PyTree, OptimizerState]:
-        """Returns the updated parameters and state; a learning rate of None is a ValueError."""
-        rate = hyper_params.learning_rate
-        if rate is None:
-            raise ValueError(
-                "Adafactor got no learning rate. Set Trainer.learning_rate_fn, which gives one for "
-                "each step, or Adafactor.learning_rate."
-            )
-        flat_states, flat_grads = flatten(state.param_states), flatten(grads)
-        new_params, new_states = {}, {}
+        """Returns the updated parameters and state."""
+        rate, step = hyper_params.learning_rate, state.step
+        slots, grads = _slots_of(state), flatten(grads)
+        new_params, new_slots = {}, {}
         for path, param in flatten(params).items():
-            new_params[path], new_states[path] = self._update_param(
-                rate, path, param, flat_states[path], flat_grads[path], state.step
+            new_params[path], new_slots[path] = self._update_param(
+                rate, path, param, slots[path], grads[path].astype(jnp.float32), step
             )
-        return unflatten(new_params, like=params), OptimizerState(
-            state.step + 1, unflatten(new_states, like=params)
-        )
+        new_state = OptimizerState(step + 1, unflatten(params, new_slots))
+        return unflatten(params, new_params), new_state
 
     def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
         """Returns `optimizer` with logical axes for leaves.
 
         `v` and `m` have the parameter's; row and column means are small, and replicated: None.
         """
-        slots = flatten(optimizer.state.param_states)
+        slots = _slots_of(optimizer.state)
         states = {
             path: AdafactorParamState(
                 v_row=None,
@@ -149,25 +146,21 @@ class Adafactor(OptimizerDef):
             )
             for path, axes in flatten(param_logical_axes).items()
         }
-        states = unflatten(states, like=optimizer.state.param_states)
-        return with_axes(optimizer, states, param_logical_axes)
+        return with_axes(optimizer, unflatten(optimizer.target, states), param_logical_axes)
 
     def _factoring(self, path: str, shape: tuple[int, ...]) -> tuple[tuple, tuple, tuple]:
         """Returns (averaged axes, rows, columns) of a parameter; no rows means it is unfactored."""
         every = tuple(range(len(shape)))
         if not self.factored:
             return every, (), ()
-        rule = (self.factor_map or {}).get(path)
-        if rule is None and self.factor_map:
-            raise ValueError(
-                f"Adafactor has no factoring rule for the parameter '{path}' of shape {shape}: "
-                "it was absent when set_param_axes was called. Make a new Adafactor for it."
-            )
+        rule = self.factor_map.get(path)
         # T5X overrules what the rules say of plain matrices: their two axes are taken by size.
         if rule is not None and (len(shape) > 2 or FactorDim.BATCH in rule):
-            by_kind = {kind: tuple(i for i in every if rule[i] is kind) for kind in FactorDim}
-            averaged = tuple(i for i in every if i not in by_kind[FactorDim.BATCH])
-            return averaged, by_kind[FactorDim.ROW], by_kind[FactorDim.COLUMN]
+            batch, rows, columns = (
+                tuple(i for i in every if rule[i] is kind)
+                for kind in (FactorDim.BATCH, FactorDim.ROW, FactorDim.COLUMN)
+            )
+            return tuple(i for i in every if i not in batch), rows, columns
         if len(shape) > 2:
             raise ValueError(
                 f"Adafactor can not tell rows from columns of the parameter '{path}' of shape "
@@ -179,20 +172,6 @@ class Adafactor(OptimizerDef):
             return every, (), ()
         return every, (by_size[-2],), (by_size[-1],)
 
-    def _init_param(self, path: str, param: jax.Array) -> AdafactorParamState:
-        _, rows, columns = self._factoring(path, param.shape)
-        unused = jnp.zeros((1,))
-
-        def without(axes):
-            return jnp.zeros([n for axis, n in enumerate(param.shape) if axis not in axes])
-
-        return AdafactorParamState(
-            v_row=without(columns) if rows else unused,
-            v_col=without(rows) if rows else unused,
-            v=unused if rows else jnp.zeros(param.shape),
-            m=unused if self.beta1 is None else jnp.zeros(param.shape),
-        )
-
     def _update_param(
         self,
         learning_rate: Any,
@@ -203,8 +182,6 @@ class Adafactor(OptimizerDef):
         step: jax.Array,
     ) -> tuple[jax.Array, AdafactorParamState]:
         averaged, rows, columns = self._factoring(path, param.shape)
-        grad = grad.astype(jnp.float32)
-
         count = jnp.asarray(step - self.step_offset, jnp.float32) + 1.0
         decay = 1.0 - count ** (-self.decay_rate)
         square = grad * grad + 1e-30
@@ -234,25 +211,33 @@ class Adafactor(OptimizerDef):
         return (param - update).astype(param.dtype), slots
 
 
-def _rule_of_axes(path: str, axes: tuple, rules: Mapping) -> tuple[FactorDim, ...]:
-    unknown = [axis for axis in axes if not isinstance(rules.get(axis), FactorDim)]
+def _slots_of(state: OptimizerState) -> dict[str, AdafactorParamState]:
+    return flatten(state.param_states, is_leaf=lambda x: isinstance(x, AdafactorParamState))
+
+
+def _rule_of_axes(path: str, axes: Sequence, rules: Mapping) -> tuple[FactorDim, ...]:
+    rule = tuple(rules.get(axis) for axis in axes)
+    unknown = [a for a, kind in zip(axes, rule, strict=True) if not isinstance(kind, FactorDim)]
     if unknown:
         raise ValueError(
             f"Adafactor.logical_factor_rules has no rule for the logical axis '{unknown[0]}' of "
-            f"the parameter '{path}' with axes {axes}; it has rules for {sorted(rules)}. "
+            f"the parameter '{path}' with axes {tuple(axes)}; it has rules for {sorted(rules)}. "
             "Add a FactorDim."
         )
-    rule = tuple(rules[axis] for axis in axes)
     has_both = FactorDim.ROW in rule and FactorDim.COLUMN in rule
     if has_both and FactorDim.NONE in rule:
         raise ValueError(
             f"Adafactor.logical_factor_rules factors the parameter '{path}' in part only: its axes "
-            f"{axes} are {[kind.name for kind in rule]}. Where there are rows and columns, every "
-            "other axis must be a row, a column or a batch."
+            f"{tuple(axes)} are {[kind.name for kind in rule]}. Where there are rows and columns, "
+            "every other axis must be a row, a column or a batch."
         )
     if has_both:
         return rule
     return tuple(kind if kind is FactorDim.BATCH else FactorDim.NONE for kind in rule)
+
+
+def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for axis, n in enumerate(shape) if axis not in axes)
 
 
 def _rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
 from jax.sharding import NamedSharding
-
-Batch = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +21,8 @@ class DatasetConfig:
     """What to read: a registered seqio task or mixture, how it is cut, batched and shuffled.
 
     `batch_size` counts the examples of all devices together. `seed=None` draws a new seed at each
-    start, so that two runs, or a run and its resumption, see different data.
+    start, so that two runs, or a run and its resumption, see different data. `module` is one that
+    registers the task when it is imported.
     """
 
     mixture_or_task_name: str | seqio.Task | seqio.Mixture
@@ -72,11 +70,6 @@ def get_dataset(
     With a seed the order is the same in every process that reads it: reads that race each other
     are put back in order.
     """
-    if cfg.batch_size % num_shards:
-        raise ValueError(
-            f"The batch size {cfg.batch_size} doesn't divide among {num_shards} data shards."
-        )
-    seed = int(time.time()) if cfg.seed is None else cfg.seed
     provider = _provider(cfg)
     if cfg.split not in provider.splits:
         raise ValueError(
@@ -94,7 +87,7 @@ def get_dataset(
         ),
         shard_info=seqio.ShardInfo(index=shard_id, num_shards=num_shards),
         use_cached=cfg.use_cached,
-        seed=seed,
+        seed=int(time.time()) if cfg.seed is None else cfg.seed,
         trim_output_features=cfg.trim_output_features,
         batch_size=cfg.batch_size // num_shards,
     )
@@ -115,11 +108,9 @@ def get_training_eval_datasets(
     A task without the split is left out. Small sets are repeated to fill `eval_steps` batches.
     """
     provider = _provider(cfg)
-    chosen = list(seqio.get_subtasks(provider))
-    if isinstance(provider, seqio.Mixture):
-        chosen.append(provider)
+    mixtures = [provider] if isinstance(provider, seqio.Mixture) else []
     datasets = {}
-    for task in chosen:
+    for task in [*seqio.get_subtasks(provider), *mixtures]:
         if cfg.split not in task.splits:
             logging.info("Task %s has no split %r: not evaluated.", task.name, cfg.split)
             continue
@@ -148,67 +139,37 @@ def verify_matching_vocabs(cfg: DatasetConfig, model: Any) -> None:
             )
 
 
-def get_zeros_batch_like_dataset(data: Any, batch_size: int | None = None) -> Batch:
-    """A batch of zeros with the shapes and types of `data`'s batches, to compile with."""
+def train_batches(
+    data: tf.data.Dataset, partitioner: Any, skipped: int = 0
+) -> Iterator[Mapping[str, jax.Array]]:
+    """The batches after the first `skipped`, put on the devices; a ValueError where they end.
+
+    One is read at once, so that errors of the input show.
+    """
+    sharding = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
+
+    def placed():
+        count = skipped
+        for batch in data.skip(skipped).prefetch(2).as_numpy_iterator():
+            count += 1
+            yield jax.device_put(batch, sharding)
+        raise ValueError(
+            f"The training data has no batch after the first {count}. Train for fewer steps (gin "
+            "macro TRAIN_STEPS), or let get_dataset_fn repeat its data."
+        )
+
+    batches = placed()
+    return itertools.chain([next(batches)], batches)
+
+
+def batch_shapes(data: Any, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape and type of each feature of a batch; a ValueError unless `data` has batches."""
+    if not isinstance(data, tf.data.Dataset) or not isinstance(data.element_spec, Mapping):
+        raise ValueError(
+            f"get_dataset_fn returned {type(data).__name__}; on the embedded host it must return a "
+            "tf.data.Dataset of batches that are dicts of arrays. Use T5X for others."
+        )
     return {
-        name: np.zeros((batch_size or spec.shape[0], *spec.shape[1:]), _numpy_dtype(spec.dtype))
+        name: jax.ShapeDtypeStruct((batch_size, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
         for name, spec in data.element_spec.items()
     }
-
-
-def _numpy_dtype(dtype: Any) -> np.dtype:
-    return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
-
-
-class TrainIterator(Iterator):
-    """Batches put on the devices, counted, with a start that can be moved forward.
-
-    `data` is a tf.data.Dataset, or any iterable of dicts of arrays with an `element_spec`.
-    `batches` is how many were handed out since the run's own start, those skipped included.
-    """
-
-    def __init__(self, data: Any, partitioner: Any):
-        if not hasattr(data, "element_spec") or not isinstance(data.element_spec, Mapping):
-            raise ValueError(
-                f"get_dataset_fn returned {type(data).__name__}; it must return a tf.data.Dataset, "
-                "or an iterable with an element_spec, of batches that are dicts of arrays."
-            )
-        self._data = data
-        self._sharding = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
-        self._source: Iterator[Batch] | None = None
-        self.batches = 0
-        self.element_spec = {
-            name: jax.ShapeDtypeStruct(tuple(spec.shape), _numpy_dtype(spec.dtype))
-            for name, spec in data.element_spec.items()
-        }
-
-    def skip(self, count: int) -> None:
-        """Begin after the first `count` batches; call it before a batch is read."""
-        self.batches = count
-
-    def zeros(self, batch_size: int) -> Batch:
-        """A batch of zeros on the devices, to compile with."""
-        return jax.device_put(get_zeros_batch_like_dataset(self, batch_size), self._sharding)
-
-    def warm_up(self) -> None:
-        """Read the first batch, so that errors of the input show; it stays to be handed out."""
-        source = self._open()
-        first = next(source, None)
-        if first is None:
-            raise ValueError(
-                f"The training data has no batch after the first {self.batches}. Train for fewer "
-                "steps (gin macro TRAIN_STEPS), or let get_dataset_fn repeat its data."
-            )
-        self._source = itertools.chain([first], source)
-
-    def __next__(self) -> Batch:
-        if self._source is None:
-            self.warm_up()
-        batch = next(self._source)
-        self.batches += 1
-        return jax.device_put(batch, self._sharding)
-
-    def _open(self) -> Iterator[Batch]:
-        if isinstance(self._data, tf.data.Dataset):
-            return self._data.skip(self.batches).prefetch(2).as_numpy_iterator()
-        return itertools.islice(self._data, self.batches, None)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-import jax
 from absl import app, logging
 
 from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
@@ -38,8 +37,6 @@ def parse_gin_flags(
 
 def summarize_gin_config(model_dir: str, summary_writer: Any | None, step: int) -> None:
     """Write the configuration to `<model_dir>/config.gin` and to the summary of `step`."""
-    if jax.process_index() != 0:
-        return
     config = gin.config_str()
     os.makedirs(model_dir, exist_ok=True)
     with open(os.path.join(model_dir, "config.gin"), "w", encoding="utf-8") as out:

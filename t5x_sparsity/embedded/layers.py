@@ -16,7 +16,6 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-param_with_axes = flax_partitioning.param_with_axes
 constrain = flax_partitioning.with_sharding_constraint
 
 _scaled = functools.partial(nn.initializers.variance_scaling, 1.0)
@@ -25,6 +24,14 @@ _MAX_DISTANCE = 128
 # Added to the logits of masked positions. A row that is masked throughout stays finite.
 _MASKED = -1e10
 _DTYPES = ("float32", "bfloat16", "float16")
+_SIZE = "an integer of at least 1"
+_ACTIVATIONS = "a sequence of 'linear' and names in flax.linen, such as ('gelu', 'linear')"
+
+
+def _param(name: str, init: Callable, **sizes: int) -> jax.Array:
+    """A float32 parameter of the module at hand; `sizes` has a size per logical axis."""
+    shape, axes = tuple(sizes.values()), tuple(sizes)
+    return flax_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,28 +52,27 @@ class TransformerSizes:
     num_heads: int = 8
     head_dim: int = 64
     mlp_dim: int = 2048
-    mlp_activations: Sequence[str | Callable] = ("relu",)
+    mlp_activations: Sequence[str] = ("relu",)
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
 
     def __post_init__(self):
-        def check(field, holds, allowed):
+        values, names = dict(vars(self)), self.mlp_activations
+        sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
+        is_known = not isinstance(names, str) and all(
+            x == "linear" or hasattr(nn, x) for x in names
+        )
+        for name, holds, allowed in (
+            *((x, isinstance(values[x], int) and values[x] >= 1, _SIZE) for x in sizes),
+            ("dtype", getattr(self.dtype, "__name__", self.dtype) in _DTYPES, f"one of {_DTYPES}"),
+            ("dropout_rate", 0.0 <= self.dropout_rate < 1.0, "at least 0 and below 1"),
+            ("mlp_activations", names and is_known, _ACTIVATIONS),
+        ):
             if not holds:
-                got = getattr(self, field)
-                raise ValueError(f"{type(self).__name__}.{field} must be {allowed}, got {got!r}.")
-
-        for field in dataclasses.fields(self):
-            if field.type in (int, "int"):
-                value = getattr(self, field.name)
-                check(field.name, isinstance(value, int) and value >= 1, "an integer of at least 1")
-        dtype = getattr(self.dtype, "__name__", str(self.dtype))
-        check("dtype", dtype in _DTYPES, f"one of {_DTYPES}")
-        check("dropout_rate", 0.0 <= self.dropout_rate < 1.0, "at least 0 and below 1")
-        names = self.mlp_activations
-        known = names and not isinstance(names, str) and all(map(_activation, names))
-        allowed = "a sequence of 'linear' and names in flax.linen, such as ('gelu', 'linear')"
-        check("mlp_activations", known, allowed)
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be {allowed}, got {values[name]!r}."
+                )
         # A list from gin would make the modules that hold a configuration unhashable.
         object.__setattr__(self, "mlp_activations", tuple(names))
 
@@ -81,9 +87,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., inputs] to [..., features]."""
-        shape = (x.shape[-1], self.features)
-        kernel = param_with_axes("kernel", self.init, shape, jnp.float32, axes=self.axes)
+        sizes = dict(zip(self.axes, (x.shape[-1], self.features), strict=True))
+        kernel = _param("kernel", self.init, **sizes)
         return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
@@ -96,9 +101,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Divides the last axis by its root mean square, in float32, and scales it."""
-        scale = param_with_axes(
-            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
-        )
+        scale = _param("scale", nn.initializers.ones, embed=x.shape[-1])
         x = x.astype(jnp.float32)
         power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         normed = x * jax.lax.rsqrt(power + self.epsilon)
@@ -113,13 +116,8 @@ class TokenEmbedding(nn.Module):
     dtype: Any
 
     def setup(self):
-        self.embedding = param_with_axes(
-            "embedding",
-            nn.initializers.normal(stddev=1.0),
-            (self.vocab_size, self.features),
-            jnp.float32,
-            axes=("vocab", "embed"),
-        )
+        init = nn.initializers.normal(stddev=1.0)
+        self.embedding = _param("embedding", init, vocab=self.vocab_size, embed=self.features)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps ids [batch, length] to vectors [batch, length, features]."""
@@ -143,13 +141,8 @@ class RelativePositionBias(nn.Module):
     @nn.compact
     def __call__(self, length: int, bidirectional: bool) -> jax.Array:
         """Returns the bias [1, heads, length, length] of queries (rows) and keys (columns)."""
-        table = param_with_axes(
-            "rel_embedding",
-            _scaled("fan_avg", "uniform"),
-            (self.num_heads, _BUCKETS),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
-        )
+        init = _scaled("fan_avg", "uniform")
+        table = _param("rel_embedding", init, heads=self.num_heads, relpos_buckets=_BUCKETS)
         buckets = relative_position_buckets(length, bidirectional)
         one_hot = jnp.asarray(buckets[..., None] == np.arange(_BUCKETS), self.dtype)
         return jnp.einsum("hb,qkb->hqk", table.astype(self.dtype), one_hot)[None]
@@ -187,8 +180,7 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Attends from `x` [batch, queries, embed] to `memory` [batch, keys, embed].
 
-        `bias`, broadcast to [batch, heads, queries, keys], is added to the logits; it carries the
-        mask too.
+        `bias` [batch, heads, queries, keys] is added to the logits; it carries the mask too.
         """
         cfg = self.config
         init = _scaled("fan_in", "normal")
@@ -220,13 +212,12 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Maps [batch, length, embed] to the same shape."""
         cfg = self.config
         branches = []
         for i, activation in enumerate(cfg.mlp_activations):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
             y = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
-            branches.append(_activation(activation)(y))
+            branches.append(y if activation == "linear" else getattr(nn, activation)(y))
         hidden = functools.reduce(operator.mul, branches)
         hidden = _dropout(cfg)(hidden, deterministic=deterministic)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
@@ -234,7 +225,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of an encoder or decoder: attention, cross attention where `memory` is, MLP."""
+    """One layer of an encoder or decoder: attention, cross attention where `memory` is, MLP.
+
+    Each is normed and residual.
+    """
 
     config: TransformerSizes
     role: str
@@ -244,31 +238,25 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         bias: jax.Array,
-        memory: jax.Array | None,
-        memory_bias: jax.Array | None,
+        memory: tuple[jax.Array, jax.Array] | None,  # vectors and their bias
         deterministic: bool,
     ) -> jax.Array:
-        """Maps [batch, length, embed] to the same shape; each sublayer is normed and residual."""
         cfg = self.config
 
-        def residual(x, norm, sublayer):
-            y = sublayer(RMSNorm(cfg.dtype, name=norm)(x))
+        def normed(x, sublayer):
+            return RMSNorm(cfg.dtype, name=f"pre_{sublayer}_layer_norm")(x)
+
+        def residual(x, y):
             return x + _dropout(cfg)(y, deterministic=deterministic)
 
-        attention = "attention" if self.role == "encoder" else "self_attention"
-        x = residual(
-            x,
-            f"pre_{attention}_layer_norm",
-            lambda y: Attention(cfg, name=attention)(y, y, bias, deterministic),
-        )
+        name = "attention" if self.role == "encoder" else "self_attention"
+        y = normed(x, name)
+        x = residual(x, Attention(cfg, name=name)(y, y, bias, deterministic))
         if memory is not None:
+            y = normed(x, "cross_attention")
             cross = Attention(cfg, name="encoder_decoder_attention")
-            x = residual(
-                x,
-                "pre_cross_attention_layer_norm",
-                lambda y: cross(y, memory, memory_bias, deterministic),
-            )
-        return residual(x, "pre_mlp_layer_norm", lambda y: Mlp(cfg, name="mlp")(y, deterministic))
+            x = residual(x, cross(y, *memory, deterministic))
+        return residual(x, Mlp(cfg, name="mlp")(normed(x, "mlp"), deterministic))
 
 
 class Stack(nn.Module):
@@ -293,10 +281,7 @@ class Stack(nn.Module):
         *,
         deterministic: bool,
     ) -> jax.Array:
-        """Runs the layers over `tokens` [batch, length].
-
-        Masks, bool [batch, 1, queries, keys], are True where a query may attend to a key.
-        """
+        """Runs the layers over `tokens` [batch, length]; masks are those of `attention_mask`."""
         cfg = self.config
         is_encoder = self.role == "encoder"
         embedding = self.shared_embedding or TokenEmbedding(
@@ -304,13 +289,13 @@ class Stack(nn.Module):
         )
         positions = RelativePositionBias(cfg.num_heads, cfg.dtype, name="relpos_bias")
         bias = positions(tokens.shape[-1], is_encoder) + _mask_bias(mask, cfg.dtype)
-        memory_bias = None if memory is None else _mask_bias(memory_mask, cfg.dtype)
+        if memory is not None:
+            memory = memory, _mask_bias(memory_mask, cfg.dtype)
 
         x = _dropout(cfg)(embedding(tokens), deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))
         for i in range(self.num_layers):
-            block = Block(cfg, self.role, name=f"layers_{i}")
-            x = block(x, bias, memory, memory_bias, deterministic)
+            x = Block(cfg, self.role, name=f"layers_{i}")(x, bias, memory, deterministic)
         x = RMSNorm(cfg.dtype, name=f"{self.role}_norm")(x)
         if is_encoder:
             return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
@@ -320,21 +305,22 @@ class Stack(nn.Module):
         return Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense")(x)
 
 
-# (queries [batch, q], keys [batch, k], function of each pair: by default both) -> the mask, bool
-# [batch, 1, q, k].
-pair_mask = functools.partial(nn.make_attention_mask, dtype=bool)
+def attention_mask(
+    queries: tuple[jax.Array, jax.Array | None],
+    keys: tuple[jax.Array, jax.Array | None],
+    is_causal: bool = False,
+) -> jax.Array:
+    """Returns the mask [batch, 1, queries, keys], True where a query may attend to a key.
 
-
-def decoder_mask(targets: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Returns the self-attention mask [batch, 1, length, length] of a decoder.
-
-    A position attends to itself and those before, within its segment, padding (0) left out.
+    Each is (tokens, segment ids or None), [batch, length]. Padding (0) is left out, and so are keys
+    of other segments and, where it is causal, those after the query.
     """
-    positions = jnp.arange(targets.shape[-1])[None]
-    mask = pair_mask(positions, positions, jnp.greater_equal)
-    mask = mask & pair_mask(targets > 0, targets > 0)
-    if segment_ids is not None:
-        mask = mask & pair_mask(segment_ids, segment_ids, jnp.equal)
+    pairs = functools.partial(nn.make_attention_mask, dtype=bool)
+    mask = pairs(queries[0] > 0, keys[0] > 0)
+    if is_causal:
+        mask = mask & nn.make_causal_mask(queries[0], dtype=bool)
+    if queries[1] is not None:
+        mask = mask & pairs(queries[1], keys[1], jnp.equal)
     return mask
 
 
@@ -345,9 +331,3 @@ def _mask_bias(mask: jax.Array, dtype: Any) -> jax.Array:
 def _dropout(cfg: TransformerSizes) -> nn.Dropout:
     # One draw for all positions (queries, in attention weights), as T5X has it.
     return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-
-
-def _activation(activation: str | Callable) -> Callable | None:
-    if activation == "linear":
-        return lambda x: x
-    return activation if callable(activation) else getattr(nn, activation, None)

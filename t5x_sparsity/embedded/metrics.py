@@ -1,98 +1,106 @@
-"""Metrics that T5X adds to CLU's: totals, averages per step, and rates over a period's duration.
+"""Totals per step and per second, and the background writing of metrics to TensorBoard."""
 
-Time is not known inside a compiled step: the trainer sets durations, and numbers of steps, on the
-host before it computes a metric.
-"""
+from __future__ import annotations
 
-import dataclasses
-from collections.abc import MutableMapping
+import concurrent.futures
+import os
+import time
+from collections.abc import Mapping
 from typing import Any
 
+import clu.metrics
+import clu.values
 import jax
-import jax.numpy as jnp
-from clu import metrics as clu_metrics
+from clu import asynclib, metric_writers
 from flax import struct
 
-MetricsMap = MutableMapping[str, clu_metrics.Metric]
-Scalar = Any
-
-
-class _Additive(clu_metrics.Metric):
-    """A metric whose fields add up, but for a duration."""
-
-    def merge(self, other: "_Additive") -> "_Additive":
-        """Returns the metric over both; its duration is unset."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
-        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
+Metrics = Mapping[str, clu.metrics.Metric]
 
 
 @struct.dataclass
-class Sum(_Additive):
-    """The sum of all values."""
+class Total(clu.metrics.Metric):
+    """The sum of all values of a period, or that per 'step' or per 'second' of it.
 
-    total: Scalar = 0
+    `step` and `second` say how many the period has. A compiled step knows neither: they are set
+    on the host, before the metric is computed.
+    """
 
-    def compute(self) -> jax.Array:
-        return jnp.asarray(self.total)
+    total: Any
+    per: str = struct.field(pytree_node=False, default="period")
+    step: Any = None
+    second: Any = None
 
+    def merge(self, other: Total) -> Total:
+        return Total(self.total + other.total, self.per)
 
-@struct.dataclass
-class Step(_Additive):
-    """A metric that counts steps; with microbatches the trainer must set the number."""
-
-    steps: Scalar = 1
-
-    def replace_steps(self, steps: Scalar) -> "Step":
-        return self.replace(steps=steps)
-
-
-@struct.dataclass
-class AveragePerStep(Step, Sum):
-    """The sum of all values, over the number of steps."""
-
-    def compute(self) -> jax.Array:
-        return self.total / jnp.asarray(self.steps)
+    def compute(self) -> Any:
+        return self.total if self.per == "period" else self.total / getattr(self, self.per)
 
 
-@struct.dataclass
-class Time(_Additive):
-    """The seconds that a period took, which must be set before `compute`."""
+class MetricsManager:
+    """Writes metrics to TensorBoard in the background, in the order they were given.
 
-    duration: Scalar = None
+    They go to the folder `name` of `summary_dir`, or nowhere if that is None. An error of the
+    background is raised by the next call that gives it work, or by `close`.
+    """
 
-    def replace_duration(self, duration: Scalar) -> "Time":
-        return self.replace(duration=duration)
+    def __init__(self, name: str, summary_dir: str | None = None):
+        self.summary_dir = os.path.join(summary_dir, name) if summary_dir else None
+        self.summary_writer: metric_writers.MetricWriter = metric_writers.MultiWriter([])
+        if self.summary_dir:
+            writer = metric_writers.SummaryWriter(self.summary_dir)
+            self.summary_writer = metric_writers.AsyncWriter(writer)
+        self._pool = asynclib.Pool("metrics", max_workers=1)
+        self._started = time.monotonic()
 
-    def compute(self) -> jax.Array:
-        if self.duration is None:
-            raise ValueError(f"{type(self).__name__} has no duration yet: call replace_duration")
-        return jnp.asarray(self.duration)
+    def write_scalar(self, key: str, val: Any, step: Any) -> None:
+        self.write_scalars(step, {key: val})
 
+    def write_scalars(self, step: Any, scalars: Mapping[str, Any]) -> None:
+        """Write values, which may be device arrays: only the background thread waits for them."""
+        # The step may belong to a state that the next train step is given, so it is read here.
+        self.summary_writer.write_scalars(int(step), scalars)
 
-@struct.dataclass
-class TimeRate(Time):
-    """The sum of all values, per second."""
+    def start_duration_timer(self, block_on: Any = ()) -> None:
+        """Start the clock of the next summary, once `block_on` and earlier summaries are ready."""
 
-    numerator: Scalar = 0
+        @self._pool
+        def start():
+            jax.block_until_ready(block_on)
+            self._started = time.monotonic()
 
-    def compute(self) -> jax.Array:
-        return self.numerator / super().compute()
+        start()
 
+    def write_metrics_summary(
+        self, metrics: Metrics, step: Any, num_steps: int
+    ) -> concurrent.futures.Future:
+        """Write what `num_steps` steps gave; the future's result maps names to clu.values.Value.
 
-@struct.dataclass
-class StepsPerTime(Step, Time):
-    """The number of steps, per second."""
+        Reading the devices, and waiting for them, happens in the background. The duration is from
+        `start_duration_timer` until the metrics are ready.
+        """
+        step = int(step)
 
-    def compute(self) -> jax.Array:
-        return self.steps / super().compute()
+        @self._pool
+        def summarize():
+            fetched = jax.device_get(metrics)
+            seconds = time.monotonic() - self._started
+            values = {
+                "timing/seconds": clu.values.Scalar(seconds),
+                "timing/steps_per_second": clu.values.Scalar(num_steps / seconds),
+            }
+            for name, metric in fetched.items():
+                if isinstance(metric, Total):
+                    metric = metric.replace(step=num_steps, second=seconds)
+                values[name] = metric.compute_value()
+            metric_writers.write_values(self.summary_writer, step, values)
+            return values
 
+        return summarize()
 
-def complete(metrics: Any, duration: Scalar, num_steps: Scalar) -> Any:
-    """Returns `metrics`, a pytree, with the duration in seconds and the number of steps set."""
-
-    def completed(metric):
-        if isinstance(metric, Time):
-            metric = metric.replace_duration(duration)
-        return metric.replace_steps(num_steps) if isinstance(metric, Step) else metric
-
-    return jax.tree.map(completed, metrics, is_leaf=lambda x: isinstance(x, clu_metrics.Metric))
+    def close(self) -> None:
+        """Wait until all is written, and free the thread and the writer."""
+        try:
+            self._pool.close()
+        finally:
+            self.summary_writer.close()

@@ -3,18 +3,20 @@
 They train and evaluate with teacher forcing. To predict, load the checkpoint in T5X.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+import clu.metrics
 import jax
 import jax.numpy as jnp
 import seqio
-from clu import metrics as clu_metrics
 from flax import linen as nn
 from flax.core import FrozenDict, freeze
 
-from t5x_sparsity.embedded import losses, optimizers
-from t5x_sparsity.embedded import metrics as metrics_lib
+from t5x_sparsity.embedded import optimizers
+from t5x_sparsity.embedded.metrics import Metrics, Total
 from t5x_sparsity.embedded.refusals import missing_from, refuse
 
 __getattr__ = missing_from(__name__)
@@ -23,46 +25,41 @@ PyTree = Any
 Batch = Mapping[str, jax.Array]
 
 
+@dataclasses.dataclass
 class BaseTransformerModel:
-    """What both families share; a subclass says how logits are computed from a batch.
+    """What both families share.
 
     label_smoothing: probability, in [0, 1), spread over the wrong tokens, in evaluation too.
     z_loss: coefficient of the square of the softmax's log normaliser, added to the loss.
-    loss_normalizing_factor: a number, None for a plain sum over tokens, or a name in
-        `losses.FACTORS`.
+    loss_normalizing_factor: what the loss of a batch is divided by; None: a plain sum over tokens.
     feature_converter_cls: how seqio makes features of examples; None takes the class's own.
-    decode_fn: accepted for T5X's sake, and not used.
+    decode_fn: not used; in T5X it is for inference.
     """
 
-    FEATURE_CONVERTER_CLS: Callable[..., seqio.FeatureConverter]
+    FEATURE_CONVERTER_CLS: ClassVar[Callable[..., seqio.FeatureConverter]]
+    SIDES: ClassVar[tuple[str, ...]]  # of the module, of which batches have features
 
-    def __init__(
-        self,
-        module: nn.Module,
-        input_vocabulary: seqio.Vocabulary,
-        output_vocabulary: seqio.Vocabulary,
-        optimizer_def: optimizers.OptimizerDef,
-        decode_fn: Callable | None = None,
-        feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        loss_normalizing_factor: float | str | None = None,
-    ):
-        if feature_converter_cls is not None:
-            self.FEATURE_CONVERTER_CLS = feature_converter_cls
-        if not 0.0 <= label_smoothing < 1.0:
+    module: nn.Module
+    input_vocabulary: seqio.Vocabulary
+    output_vocabulary: seqio.Vocabulary
+    optimizer_def: optimizers.OptimizerDef
+    decode_fn: Callable | None = None
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_normalizing_factor: float | None = None
+
+    def __post_init__(self):
+        if self.feature_converter_cls is not None:
+            self.FEATURE_CONVERTER_CLS = self.feature_converter_cls
+        if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"{type(self).__name__}.label_smoothing must be at least 0 and below 1, got "
-                f"{label_smoothing!r}."
+                f"{self.label_smoothing!r}."
             )
-        self.module = module
-        self.optimizer_def = optimizer_def
-        self.input_vocabulary = input_vocabulary
-        self.output_vocabulary = output_vocabulary
-        self.decode_fn = decode_fn
-        self._label_smoothing = label_smoothing
-        self._z_loss = z_loss
-        self._loss_normalizing_factor = loss_normalizing_factor
+        if isinstance(self.loss_normalizing_factor, str):
+            name = f"models.{type(self).__name__}.loss_normalizing_factor"
+            refuse(name, self.loss_normalizing_factor, why="divides by a number alone")
 
     def get_initial_variables(
         self,
@@ -72,37 +69,29 @@ class BaseTransformerModel:
     ) -> FrozenDict:
         """Returns the collections `params` and `params_axes` for inputs of these shapes."""
         types = input_types or {}
-        batch = {
-            name: jnp.ones(shape, types.get(name, jnp.int32))
-            for name, shape in input_shapes.items()
-        }
+        batch = {k: jnp.ones(shape, types.get(k, jnp.int32)) for k, shape in input_shapes.items()}
         # Targets have the shape of inputs, and are not always among the features that are declared.
         batch.setdefault("decoder_target_tokens", batch["decoder_input_tokens"])
         return freeze(self._apply(self.module.init, rng, batch, enable_dropout=False))
 
     def loss_fn(
         self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
-    ) -> tuple[jax.Array, metrics_lib.MetricsMap]:
+    ) -> tuple[jax.Array, Metrics]:
         """Returns the scalar loss and the metrics of a batch; no dropout where the key is None."""
         logits = self._compute_logits(params, batch, dropout_rng)
-        targets = batch["decoder_target_tokens"]
-        factor, weights = losses.get_loss_normalizing_factor_and_weights(
-            self._loss_normalizing_factor, batch
-        )
-        loss, z_loss = losses.compute_weighted_cross_entropy(
+        targets, weights = batch["decoder_target_tokens"], batch.get("decoder_loss_weights")
+        loss, z_loss = compute_weighted_cross_entropy(
             logits,
             targets,
             weights,
-            label_smoothing=self._label_smoothing,
-            z_loss=self._z_loss,
-            loss_normalizing_factor=factor,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            loss_normalizing_factor=self.loss_normalizing_factor,
         )
-        metrics = compute_base_metrics(
-            logits, targets, weights, loss, z_loss, _segment_ids_of(batch)
-        )
-        return loss, metrics
+        segment_ids = _segment_ids_of(batch)
+        return loss, compute_base_metrics(logits, targets, weights, loss, z_loss, segment_ids)
 
-    def eval_fn(self, params: PyTree, batch: Batch) -> tuple[jax.Array, metrics_lib.MetricsMap]:
+    def eval_fn(self, params: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
         """Returns the scalar loss and the metrics of a batch, without dropout."""
         return self.loss_fn(params, batch, None)
 
@@ -118,43 +107,30 @@ class BaseTransformerModel:
     def _compute_logits(
         self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        has_dropout = dropout_rng is not None
-        return self._apply(
-            self.module.apply,
-            {"params": params},
-            batch,
-            enable_dropout=has_dropout,
-            rngs={"dropout": dropout_rng} if has_dropout else None,
-        )
+        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+        state, method = {"params": params}, self.module.apply
+        return self._apply(method, state, batch, enable_dropout=rngs is not None, rngs=rngs)
 
     def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
         """Calls the module's `init` or `apply` on a key or variables, and the batch's features."""
-        raise NotImplementedError
+        inputs = [batch[f"{side}_input_tokens"] for side in self.SIDES]
+        packing = [f"{side}_{x}" for side in self.SIDES for x in ("segment_ids", "positions")]
+        kwargs |= {name: batch.get(name) for name in packing}
+        return method(state, *inputs, batch["decoder_target_tokens"], **kwargs)
 
 
 class EncoderDecoderModel(BaseTransformerModel):
     """A model of targets given inputs."""
 
     FEATURE_CONVERTER_CLS = seqio.EncDecFeatureConverter
-
-    def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
-        return method(
-            state,
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            encoder_segment_ids=batch.get("encoder_segment_ids"),
-            decoder_segment_ids=batch.get("decoder_segment_ids"),
-            encoder_positions=batch.get("encoder_positions"),
-            decoder_positions=batch.get("decoder_positions"),
-            **kwargs,
-        )
+    SIDES = ("encoder", "decoder")
 
 
 class DecoderOnlyModel(BaseTransformerModel):
     """A model of sequences; where examples have inputs, only targets carry loss weights."""
 
     FEATURE_CONVERTER_CLS = seqio.DecoderFeatureConverter
+    SIDES = ("decoder",)
 
     def __init__(
         self,
@@ -169,15 +145,44 @@ class DecoderOnlyModel(BaseTransformerModel):
         refuse(name, inputs_bidirectional_attention, False, "has causal attention only")
         super().__init__(module, vocabulary, vocabulary, optimizer_def, decode_fn, **kwargs)
 
-    def _apply(self, method: Callable, state: Any, batch: Batch, **kwargs: Any) -> Any:
-        return method(
-            state,
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            decoder_segment_ids=batch.get("decoder_segment_ids"),
-            decoder_positions=batch.get("decoder_positions"),
-            **kwargs,
+
+def compute_weighted_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns scalars (loss, its z-loss part) of target ids.
+
+    `logits` is [batch, length, classes], `targets` and `weights` are [batch, length]. The loss is
+    the weighted sum over positions, less the entropy that smoothed labels have of their own, over
+    `loss_normalizing_factor`; None leaves it a sum. The z-loss is `z_loss` times the square of the
+    logarithm of the softmax's normaliser.
+    """
+    if logits.ndim != targets.ndim + 1:
+        raise ValueError(
+            f"Logits must have one axis more than targets, got {logits.shape} and {targets.shape}."
         )
+    classes = logits.shape[-1]
+    confidence = 1.0 - label_smoothing
+    other = label_smoothing / max(classes - 1, 1)
+    entropy = -(confidence * math.log(confidence) + label_smoothing * math.log(other + 1e-20))
+
+    # Built by comparison, so that it is fused and stays partitioned where the logits are.
+    is_target = targets[..., None] == jnp.arange(classes)
+    soft_targets = jnp.where(is_target, confidence, other).astype(jnp.float32)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    loss = -jnp.sum(soft_targets * (logits - log_normalizer), axis=-1)
+    penalty = z_loss * jnp.square(log_normalizer[..., 0])
+    loss = loss + penalty - entropy
+    if weights is not None:
+        loss, penalty = loss * weights, penalty * weights
+    loss, penalty = jnp.sum(loss), jnp.sum(penalty)
+    if loss_normalizing_factor is not None:
+        loss, penalty = loss / loss_normalizing_factor, penalty / loss_normalizing_factor
+    return loss, penalty
 
 
 def compute_base_metrics(
@@ -187,50 +192,41 @@ def compute_base_metrics(
     loss: jax.Array,
     z_loss: jax.Array,
     segment_ids: Mapping[str, jax.Array],
-) -> metrics_lib.MetricsMap:
+) -> dict[str, clu.metrics.Metric]:
     """Returns the metrics of a batch under T5X's names.
 
     `logits` is [batch, length, classes]; `targets`, `mask` (loss weights) and each of `segment_ids`
     are [batch, length]; `loss` and `z_loss` are the batch's scalars.
     """
-    average, per_step = clu_metrics.Average, metrics_lib.AveragePerStep
-    rate = metrics_lib.TimeRate
-    examples = jnp.asarray(targets.shape[0])
-    tokens = jnp.asarray(targets.size)
+
+    def average(total, count):
+        return clu.metrics.Average(jnp.asarray(total), jnp.asarray(count))
+
+    examples, tokens, devices = targets.shape[0], targets.size, jax.device_count()
     real_tokens = tokens if mask is None else jnp.sum(mask)
-    devices = jax.device_count()
     metrics = {
-        "accuracy": clu_metrics.Accuracy.from_model_output(
+        "accuracy": clu.metrics.Accuracy.from_model_output(
             logits=logits, labels=targets.astype(jnp.int32), mask=mask
         ),
-        "loss": per_step(total=loss),
-        "loss_per_nonpadding_target_token": average(total=loss, count=real_tokens),
-        "loss_per_all_target_tokens": average(total=loss, count=tokens),
-        "z_loss": per_step(total=z_loss),
-        "z_loss_per_all_target_tokens": average(total=z_loss, count=tokens),
-        "cross_ent_loss": per_step(total=loss - z_loss),
-        "cross_ent_loss_per_all_target_tokens": average(total=loss - z_loss, count=tokens),
-        "timing/seqs_per_second": rate(numerator=examples),
-        "timing/steps_per_second": metrics_lib.StepsPerTime(),
-        "timing/seconds": metrics_lib.Time(),
-        "timing/seqs": metrics_lib.Sum(examples),
-        "timing/seqs_per_second_per_core": rate(numerator=examples / devices),
-        "timing/target_tokens_per_second": rate(numerator=tokens),
-        "timing/target_tokens_per_second_per_core": rate(numerator=tokens / devices),
-        "non_padding_fraction/loss_weights": average(total=real_tokens, count=tokens),
+        "loss_per_nonpadding_target_token": average(loss, real_tokens),
+        "timing/seqs": Total(examples),
+        "timing/seqs_per_second": Total(examples, "second"),
+        "timing/seqs_per_second_per_core": Total(examples / devices, "second"),
+        "timing/target_tokens_per_second": Total(tokens, "second"),
+        "timing/target_tokens_per_second_per_core": Total(tokens / devices, "second"),
+        "non_padding_fraction/loss_weights": average(real_tokens, tokens),
     }
+    for name, part in {"loss": loss, "z_loss": z_loss, "cross_ent_loss": loss - z_loss}.items():
+        metrics[name] = Total(part, "step")
+        metrics[f"{name}_per_all_target_tokens"] = average(part, tokens)
     filled = {feature: jnp.sum(ids != 0) for feature, ids in segment_ids.items()}
-    sizes = {feature: ids.size for feature, ids in segment_ids.items()}
     for feature, ids in segment_ids.items():
         # An example begins where the segment changes; 0 is padding.
         begins = (jnp.diff(ids, axis=1, prepend=0) != 0) & (ids != 0)
-        metrics[f"effective_batch_size/{feature}"] = per_step(total=jnp.sum(begins))
-        metrics[f"non_padding_fraction/{feature}"] = average(
-            total=filled[feature], count=jnp.asarray(sizes[feature])
-        )
-    metrics["non_padding_fraction/overall"] = average(
-        total=sum(filled.values()), count=jnp.asarray(sum(sizes.values()))
-    )
+        metrics[f"effective_batch_size/{feature}"] = Total(jnp.sum(begins), "step")
+        metrics[f"non_padding_fraction/{feature}"] = average(filled[feature], ids.size)
+    size = sum(ids.size for ids in segment_ids.values())
+    metrics["non_padding_fraction/overall"] = average(sum(filled.values()), size)
     return metrics
 
 

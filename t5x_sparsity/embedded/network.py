@@ -1,9 +1,8 @@
-"""The encoder-decoder transformer of T5 1.1."""
+"""The transformers: T5 1.1's encoder and decoder, and a decoder alone with its layers."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from t5x_sparsity.embedded import layers
@@ -47,19 +46,49 @@ class Transformer(nn.Module):
         """
         del encoder_positions, decoder_positions
         deterministic = not enable_dropout
-        is_input = encoder_input_tokens > 0
-        mask = layers.pair_mask(is_input, is_input)
-        cross_mask = layers.pair_mask(decoder_target_tokens > 0, is_input)
-        if encoder_segment_ids is not None:
-            same = layers.pair_mask(encoder_segment_ids, encoder_segment_ids, jnp.equal)
-            mask = mask & same
-            same = layers.pair_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
-            cross_mask = cross_mask & same
+        inputs = encoder_input_tokens, encoder_segment_ids
+        targets = decoder_target_tokens, decoder_segment_ids
+        mask = layers.attention_mask(inputs, inputs)
         encoded = self.encoder(encoder_input_tokens, mask, deterministic=deterministic)
         return self.decoder(
             decoder_input_tokens,
-            layers.decoder_mask(decoder_target_tokens, decoder_segment_ids),
+            layers.attention_mask(targets, targets, is_causal=True),
             encoded,
-            cross_mask,
+            layers.attention_mask(targets, inputs),
             deterministic=deterministic,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(layers.TransformerSizes):
+    """The sizes of a decoder, see `layers.TransformerSizes`."""
+
+    num_layers: int = 6
+
+
+class DecoderWrapper(nn.Module):
+    """A decoder under the name `decoder`, as T5X's checkpoints have it."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        self.decoder = layers.Stack(self.config, self.config.num_layers, "decoder")
+
+    def __call__(
+        self,
+        decoder_input_tokens: jax.Array,
+        decoder_target_tokens: jax.Array,
+        decoder_segment_ids: jax.Array | None = None,
+        decoder_positions: jax.Array | None = None,
+        *,
+        enable_dropout: bool = True,
+    ) -> jax.Array:
+        """Returns float32 logits [batch, length, vocabulary] under teacher forcing.
+
+        Tokens are ids [batch, length], 0 is padding. Segment ids tell packed examples apart.
+        Positions are accepted and not used: they are relative.
+        """
+        del decoder_positions
+        targets = decoder_target_tokens, decoder_segment_ids
+        mask = layers.attention_mask(targets, targets, is_causal=True)
+        return self.decoder(decoder_input_tokens, mask, deterministic=not enable_dropout)

@@ -4,6 +4,8 @@ An `OptimizerDef` holds no arrays; it makes an `OptimizerState` for parameters a
 to both. `OptaxWrapper` gives any optax transformation that interface.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import serialization, struct, traverse_util
-from flax.core import FrozenDict, freeze, unfreeze
+from flax import serialization, struct
 
+from t5x_sparsity.core.trees import flatten, path_of, unflatten
 from t5x_sparsity.embedded.refusals import missing_from
 
 __getattr__ = missing_from(__name__, ", or wrap an optax optimizer in optimizers.OptaxWrapper")
@@ -23,14 +25,10 @@ PyTree = Any
 
 @struct.dataclass
 class OptimizerState:
-    """What an optimizer carries from step to step.
+    """What an optimizer carries from step to step."""
 
-    `step` is an int32 scalar, the number of gradients applied; `param_states` is laid out by the
-    optimizer.
-    """
-
-    step: Any
-    param_states: Any
+    step: Any  # int32 scalar, the number of gradients applied
+    param_states: Any  # laid out by the optimizer
 
 
 @struct.dataclass
@@ -63,25 +61,21 @@ class OptimizerDef:
         hyper_params = overrides.pop("hyper_params", self.hyper_params)
         return hyper_params.replace(**overrides) if overrides else hyper_params
 
-    def create(self, target: PyTree) -> "Optimizer":
+    def create(self, target: PyTree) -> Optimizer:
         """Returns an `Optimizer` of `target` with a fresh state."""
         return Optimizer(optimizer_def=self, state=self.init_state(target), target=target)
 
     def state_dict(self, target: PyTree, state: OptimizerState) -> dict[str, Any]:
         """Returns nested dicts of leaves: {'target': ..., 'state': ...}."""
-        return {
-            "target": serialization.to_state_dict(target),
-            "state": serialization.to_state_dict(state),
-        }
+        return serialization.to_state_dict({"target": target, "state": state})
 
     def restore_state(
         self, opt_target: PyTree, opt_state: OptimizerState, state_dict: Mapping[str, Any]
     ) -> tuple[PyTree, OptimizerState]:
         """Returns target and state with the leaves of `state_dict`, in the structure given."""
-        return (
-            serialization.from_state_dict(opt_target, state_dict["target"]),
-            serialization.from_state_dict(opt_state, state_dict["state"]),
-        )
+        like = {"target": opt_target, "state": opt_state}
+        restored = serialization.from_state_dict(like, state_dict)
+        return restored["target"], restored["state"]
 
 
 class Optimizer(struct.PyTreeNode):
@@ -91,27 +85,24 @@ class Optimizer(struct.PyTreeNode):
     state: Any
     target: Any
 
-    def apply_gradient(self, grads: PyTree, **hyper_param_overrides: Any) -> "Optimizer":
+    def apply_gradient(self, grads: PyTree, **hyper_param_overrides: Any) -> Optimizer:
         """Returns the optimizer one step on; overrides as in `OptimizerDef.update_hyper_params`."""
-        hyper_params = self.optimizer_def.update_hyper_params(**hyper_param_overrides)
-        target, state = self.optimizer_def.apply_gradient(
-            hyper_params, self.target, self.state, grads
-        )
+        definition = self.optimizer_def
+        hyper_params = definition.update_hyper_params(**hyper_param_overrides)
+        target, state = definition.apply_gradient(hyper_params, self.target, self.state, grads)
         return self.replace(target=target, state=state)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer_def.state_dict(self.target, self.state)
 
-    def restore_state(self, state_dict: Mapping[str, Any]) -> "Optimizer":
+    def restore_state(self, state_dict: Mapping[str, Any]) -> Optimizer:
         target, state = self.optimizer_def.restore_state(self.target, self.state, state_dict)
         return self.replace(target=target, state=state)
 
 
 def with_axes(optimizer: Optimizer, param_states: PyTree, param_axes: PyTree) -> Optimizer:
     """Returns `optimizer` with these logical axes for leaves; the step has none."""
-    target = serialization.from_state_dict(
-        optimizer.target, serialization.to_state_dict(param_axes)
-    )
+    target = unflatten(optimizer.target, flatten(param_axes))
     return optimizer.replace(state=OptimizerState(None, param_states), target=target)
 
 
@@ -126,9 +117,7 @@ class OptaxWrapper(OptimizerDef):
         super().__init__()
 
     def init_state(self, params: PyTree) -> OptimizerState:
-        return OptimizerState(
-            step=jnp.zeros((), jnp.int32), param_states=self.optax_optimizer.init(params)
-        )
+        return OptimizerState(jnp.zeros((), jnp.int32), self.optax_optimizer.init(params))
 
     def apply_gradient(
         self, hyper_params: Any, params: PyTree, state: OptimizerState, grads: PyTree
@@ -139,57 +128,21 @@ class OptaxWrapper(OptimizerDef):
         return optax.apply_updates(params, updates), new_state
 
     def derive_logical_axes(self, optimizer: Optimizer, param_logical_axes: PyTree) -> Optimizer:
-        """Returns `optimizer` with logical axes for leaves, None where a leaf is not sharded."""
-        states = optimizer.state.param_states
-        states = match_param_axes(states, optimizer.target, param_logical_axes)
+        """Returns `optimizer` with the logical axes of its parameter for each leaf, or None.
+
+        A leaf belongs to a parameter when its key path ends in the parameter's path (the longest
+        such wins) and its shape is the parameter's: so counts, keys and factored moments get None.
+        """
+        axes, params = flatten(param_logical_axes), flatten(optimizer.target)
+
+        def axes_of(key_path, leaf):
+            names = path_of(key_path).split("/")
+            paths = ("/".join(names[start:]) for start in range(len(names)))
+            shape = getattr(leaf, "shape", None)
+            return next((axes[p] for p in paths if p in axes and params[p].shape == shape), None)
+
+        states = jax.tree_util.tree_map_with_path(axes_of, optimizer.state.param_states)
         return with_axes(optimizer, states, param_logical_axes)
-
-    def state_dict(self, target: PyTree, state: OptimizerState) -> dict[str, Any]:
-        """Returns nested dicts of leaves, without subtrees that hold none (`optax.EmptyState`)."""
-        full = super().state_dict(target, state)
-        return {**full, "state": unflatten(flatten(full["state"]), like={})}
-
-    def restore_state(
-        self, opt_target: PyTree, opt_state: OptimizerState, state_dict: Mapping[str, Any]
-    ) -> tuple[PyTree, OptimizerState]:
-        """As the base, with the empty subtrees put back."""
-        expected = traverse_util.flatten_dict(
-            serialization.to_state_dict(opt_state), keep_empty_nodes=True, sep="/"
-        )
-        empties = {k: v for k, v in expected.items() if v is traverse_util.empty_node}
-        filled = traverse_util.unflatten_dict({**empties, **flatten(state_dict["state"])}, sep="/")
-        return super().restore_state(
-            opt_target, opt_state, {"target": state_dict["target"], "state": filled}
-        )
-
-
-def flatten(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of nested dicts by path, keys joined by '/'."""
-    return traverse_util.flatten_dict(unfreeze(tree), sep="/")
-
-
-def unflatten(flat: Mapping[str, Any], like: PyTree) -> PyTree:
-    """Returns nested dicts of these leaves, frozen where `like` is."""
-    tree = traverse_util.unflatten_dict(dict(flat), sep="/")
-    return freeze(tree) if isinstance(like, FrozenDict) else tree
-
-
-def match_param_axes(state: PyTree, params: PyTree, param_axes: PyTree) -> PyTree:
-    """Returns `state` with each leaf replaced by the logical axes of its parameter, or by None.
-
-    A leaf belongs to a parameter when its key path ends in the parameter's path (the longest such
-    wins) and its shape is the parameter's: so counts, keys and factored moments get None.
-    """
-    axes = flatten(serialization.to_state_dict(param_axes))
-    shapes = {p: x.shape for p, x in flatten(serialization.to_state_dict(params)).items()}
-
-    def axes_of(key_path, leaf):
-        names = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
-        paths = ("/".join(names[start:]) for start in range(len(names)))
-        shape = getattr(leaf, "shape", None)
-        return next((axes[p] for p in paths if p in axes and shapes[p] == shape), None)
-
-    return jax.tree_util.tree_map_with_path(axes_of, state)
 
 
 def _wrapped(make: Callable[..., optax.GradientTransformation]) -> Callable[..., OptaxWrapper]:

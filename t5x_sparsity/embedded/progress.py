@@ -17,25 +17,22 @@ import rich.progress
 from absl import logging
 
 LOSS = "loss_per_nonpadding_target_token"
-SPARSITY = "sparsity/total"
-
-
-class _WithoutOrbaxNotes(std_logging.Filter):
-    """Drops what Orbax notes at each checkpoint, a dozen lines; its warnings stay."""
-
-    def filter(self, record: std_logging.LogRecord) -> bool:
-        return record.levelno > std_logging.INFO or "/orbax/" not in record.pathname
+_SHOWN = {"loss": (LOSS, "{:.4f}"), "sparsity": ("sparsity/total", "{:.2%}")}
 
 
 @contextlib.contextmanager
 def without_orbax_notes() -> Iterator[None]:
-    """Keeps Orbax's notes out of the log meanwhile."""
-    handler, notes = logging.get_absl_handler(), _WithoutOrbaxNotes()
-    handler.addFilter(notes)
+    """Keeps what Orbax notes at each checkpoint, a dozen lines, out of the log meanwhile."""
+
+    def is_no_note(record: std_logging.LogRecord) -> bool:
+        return record.levelno > std_logging.INFO or "/orbax/" not in record.pathname
+
+    handler = logging.get_absl_handler()
+    handler.addFilter(is_no_note)
     try:
         yield
     finally:
-        handler.removeFilter(notes)
+        handler.removeFilter(is_no_note)
 
 
 class Progress:
@@ -49,8 +46,9 @@ class Progress:
     def __init__(
         self, first_step: int, total_steps: int, console: rich.console.Console | None = None
     ):
-        self._first, self._total, self._seen = first_step, total_steps, first_step
-        self._begun = self._seen_at = time.monotonic()
+        self._first, self._total = first_step, total_steps
+        self._begun = time.monotonic()
+        self._seen = (first_step, self._begun)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="progress")
         console = console or rich.console.Console(file=sys.stderr)
         self._bar = rich.progress.Progress(
@@ -92,19 +90,19 @@ class Progress:
         self._pool.submit(self._report, step, summary)
 
     def _report(self, step: int, summary: Any) -> None:
-        try:
-            values = summary.result()
-        except Exception:  # noqa: BLE001 - raised in the main thread too
-            return
+        # An error in this thread goes no further; its maker raises it too.
+        values = summary.result()
         now = time.monotonic()
-        rate = (step - self._seen) / max(now - self._seen_at, 1e-9)
+        seen, seen_at = self._seen
+        self._seen = (step, now)
+        rate = (step - seen) / max(now - seen_at, 1e-9)
         # The time left counts evaluations and checkpoints too, so it goes by the whole run so far.
         left = (now - self._begun) / max(step - self._first, 1) * (self._total - step)
-        self._seen, self._seen_at = step, now
-        parts = []
-        for label, name, form in (("loss", LOSS, "{:.4f}"), ("sparsity", SPARSITY, "{:.2%}")):
-            if name in values:
-                parts.append(f"{label} {form.format(float(values[name].value))}")
+        parts = [
+            f"{label} {form.format(float(values[name].value))}"
+            for label, (name, form) in _SHOWN.items()
+            if name in values
+        ]
         clock = datetime.timedelta(seconds=math.ceil(max(left, 0.0)))
         status = ", ".join([*parts, f"{rate:.2f} steps/s", f"{clock} left"])
         self._bar.update(self._task, description=status)

@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
+from t5x_sparsity.artifacts.checkpoint_folders import absolute, find_checkpoint
 from t5x_sparsity.embedded import checkpoints, utils
 
 
 def check_periods(stats: int | None, evaluate: int | None, save: int | None) -> None:
     """Raise a ValueError for a negative period, or where the longer is no multiple of the other."""
-    periods = {"train.eval_period": evaluate, "utils.SaveCheckpointConfig.period": save}
-    for name, period in {"train.stats_period": stats, **periods}.items():
+    for name, period in {"stats_period": stats, "eval_period": evaluate}.items():
         if period is not None and period < 0:
-            raise ValueError(f"{name} is {period}; it must be a number of steps, or None.")
+            raise ValueError(f"train.{name} is {period}; it must be a number of steps, or None.")
     if evaluate and save and max(evaluate, save) % min(evaluate, save):
-        given = ", ".join(f"{name} = {period}" for name, period in periods.items())
         raise ValueError(
             f"The periods must all be multiples of the shortest of them, {min(evaluate, save)}, "
-            f"but they are {given}. Change one of them."
+            f"but they are train.eval_period = {evaluate}, utils.SaveCheckpointConfig.period = "
+            f"{save}. Change one of them."
         )
 
 
 def check_model_dir(model_dir: str) -> str:
     """The absolute path of `model_dir`; a ValueError if it can't be made or written to."""
-    hint = "Set the gin macro MODEL_DIR to a folder that can be written to."
-    if not isinstance(model_dir, str) or not model_dir.strip():
-        raise ValueError(f"model_dir is {model_dir!r}. {hint}")
-    if "://" in model_dir:
-        raise ValueError(
-            f"model_dir is {model_dir!r}, but the embedded host writes to local folders only. "
-            f"{hint} T5X writes to other file systems."
-        )
-    path = os.path.abspath(os.path.expanduser(model_dir))
-    above = path
+    path = above = os.path.abspath(os.path.expanduser(model_dir))
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     for fails, why in (
-        (not os.path.isdir(above), "is not a folder"),
-        (not os.access(above, os.W_OK | os.X_OK), "can't be written to"),
+        (not model_dir.strip(), "it names no folder"),
+        ("://" in model_dir, "the embedded host writes to local folders only; T5X, to others"),
+        (not os.path.isdir(above), f"{above} is not a folder"),
+        (not os.access(above, os.W_OK | os.X_OK), f"{above} can't be written to"),
     ):
         if fails:
-            raise ValueError(f"model_dir is {path}, but {above} {why}. {hint}")
+            raise ValueError(
+                f"model_dir is {model_dir!r}, but {why}. Set the gin macro MODEL_DIR to a folder "
+                "that can be written to."
+            )
     return path
 
 
@@ -65,8 +60,7 @@ def check_checkpoint_cfg(cfg: utils.CheckpointConfig, train_cfg: utils.DatasetCo
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(NamedTuple):
     """The checkpoint that a run starts from, checked against the run's own state."""
 
     path: str
@@ -90,7 +84,9 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
         with_dataset = bool(cfg.save and cfg.save.save_dataset)
         dtype = cfg.save.dtype if cfg.save else "float32"
     elif restore.path:
-        path = _initial_checkpoint(restore)
+        path = absolute(restore.path)
+        if restore.mode == "latest":
+            path = str(find_checkpoint(path).folder)
         logging.info("Starting from %s.", path)
         with_dataset, dtype = restore.restore_dataset, restore.dtype
     else:
@@ -103,39 +99,11 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
         is_resuming=is_resuming,
         fallback_to_scratch=fallback_to_scratch,
     )
-    return Source(
-        path=path,
-        plan=plan,
-        batches=_batches(path) if with_dataset else 0,
-        dtype=dtype,
-        fallback_to_scratch=fallback_to_scratch,
-    )
-
-
-def _initial_checkpoint(restore: utils.RestoreCheckpointConfig) -> str:
-    path = os.path.abspath(os.path.expanduser(restore.path))
-    if restore.mode == "specific":
-        return path
-    if not os.path.isdir(path):
-        raise ValueError(
-            f"utils.RestoreCheckpointConfig.path is {path}, which is no folder. Set the folder "
-            "that holds checkpoint_<step>, or mode = 'specific' for one checkpoint."
-        )
-    step = checkpoints.latest_step(path)
-    if step is None:
-        raise ValueError(
-            f"utils.RestoreCheckpointConfig.path is {path}, which holds no checkpoint_<step>. "
-            "Set the folder of a run, or path = [] to start from scratch."
-        )
-    return checkpoints.checkpoint_path(path, step)
-
-
-def _batches(path: str) -> int:
-    batches = checkpoints.saved_batches(path)
+    batches = checkpoints.saved_batches(path) if with_dataset else 0
     if batches is None:
         raise ValueError(
             f"{path} holds no position in the training data: it was saved with "
             "utils.SaveCheckpointConfig.save_dataset = False, or by T5X. Set save_dataset (and "
             "utils.RestoreCheckpointConfig.restore_dataset) to False to read from the start."
         )
-    return batches
+    return Source(path, plan, batches, dtype, fallback_to_scratch)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -68,11 +69,10 @@ def train(
     refuse("jax.process_count()", jax.process_count(), 1, "runs as one process")
     startup.check_checkpoint_cfg(checkpoint_cfg, train_dataset_cfg)
     model_dir = startup.check_model_dir(model_dir)
-    save_cfg = checkpoint_cfg.save
-    save_period = save_cfg.period if save_cfg else None
+    save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
     if not train_eval_dataset_cfg:
         eval_period = 0
-    startup.check_periods(stats_period, eval_period, save_period)
+    startup.check_periods(stats_period, eval_period, save_cfg.period)
 
     if use_hardware_rng:
         jax.config.update("jax_default_prng_impl", "unsafe_rbg")
@@ -82,23 +82,16 @@ def train(
     init_rng, trainer_rng = jax.random.split(jax.random.PRNGKey(random_seed))
 
     # Data.
-    layout = partitioner.get_data_layout(train_dataset_cfg.batch_size)
-    for cfg in (train_dataset_cfg, train_eval_dataset_cfg):
-        if cfg is not None and verify_matching_vocabs_fn is not None:
+    for cfg in filter(None, (train_dataset_cfg, train_eval_dataset_cfg)):
+        partitioner.check_batch_size(cfg.batch_size)
+        if verify_matching_vocabs_fn is not None:
             verify_matching_vocabs_fn(cfg, model)
-    train_iter = data.TrainIterator(
-        get_dataset_fn(
-            train_dataset_cfg, layout.shard_id, layout.num_shards, model.FEATURE_CONVERTER_CLS
-        ),
-        partitioner,
-    )
+    converter = model.FEATURE_CONVERTER_CLS
+    train_data = get_dataset_fn(train_dataset_cfg, 0, 1, converter)
+    batch = data.batch_shapes(train_data, train_dataset_cfg.batch_size)
     eval_sets: Mapping[str, Any] = {}
     if train_eval_dataset_cfg is not None:
-        eval_layout = partitioner.get_data_layout(train_eval_dataset_cfg.batch_size)
-        shard = (eval_layout.shard_id, eval_layout.num_shards)
-        eval_sets = train_eval_get_dataset_fn(
-            train_eval_dataset_cfg, *shard, eval_steps, model.FEATURE_CONVERTER_CLS
-        )
+        eval_sets = train_eval_get_dataset_fn(train_eval_dataset_cfg, 0, 1, eval_steps, converter)
         if not eval_sets:
             logging.warning("train_eval_dataset_cfg names no evaluation set: nothing is evaluated.")
 
@@ -106,47 +99,38 @@ def train(
     initializer = train_state_initializer_cls(
         optimizer_def=model.optimizer_def,
         init_fn=model.get_initial_variables,
-        input_shapes={
-            name: (layout.batch_size, *spec.shape[1:])
-            for name, spec in train_iter.element_spec.items()
-        },
-        input_types={name: spec.dtype for name, spec in train_iter.element_spec.items()},
+        input_shapes={name: x.shape for name, x in batch.items()},
+        input_types={name: x.dtype for name, x in batch.items()},
         partitioner=partitioner,
     )
     shapes = initializer.global_train_state_shape
     source = startup.find_source(model_dir, checkpoint_cfg, shapes)
-    if source:
-        train_iter.skip(source.batches)
     # Input that can't be read ends the run here, with nothing written or compiled.
-    train_iter.warm_up()
-    manager = checkpoints.OrbaxCheckpointManagerInterface(
-        directory=model_dir,
-        train_state=shapes,
-        partitioner=partitioner,
-        dataset_iterator=train_iter if save_cfg and save_cfg.save_dataset else None,
-        save_dtype=save_cfg.dtype if save_cfg else None,
-        restore_dtype=source.dtype if source else None,
-        keep=save_cfg.keep if save_cfg else None,
-    )
-    if source is None:
+    skipped = source.batches if source else 0
+    batches = data.train_batches(train_data, partitioner, skipped)
+    if source is None or source.fallback_to_scratch:
         state = initializer.from_scratch(init_rng)
-    else:
-        fallback = None
-        if source.fallback_to_scratch:
-            fallback = initializer.from_scratch(init_rng).state_dict()
+    if source is not None:
         with progress.without_orbax_notes():
-            state = manager.restore(path=source.path, fallback_state=fallback, plan=source.plan)
-    host_step = int(utils.get_local_data(state.step))
+            state = checkpoints.restore(
+                source.path,
+                source.plan,
+                shapes,
+                partitioner,
+                dtype=source.dtype,
+                fallback_state=state.state_dict() if source.fallback_to_scratch else None,
+            )
+    first_step = int(state.step)
     if relative_steps:
-        total_steps = host_step + relative_steps
-    if total_steps < host_step:
+        total_steps = first_step + relative_steps
+    if total_steps < first_step:
         raise ValueError(
-            f"train.total_steps is {total_steps}, but {source.path} is at step {host_step}. Set "
+            f"train.total_steps is {total_steps}, but {source.path} is at step {first_step}. Set "
             "the gin macro TRAIN_STEPS to more, or another MODEL_DIR."
         )
 
     os.makedirs(model_dir, exist_ok=True)
-    utils.log_model_info(os.path.join(model_dir, "model-info.txt"), shapes, partitioner)
+    utils.log_model_info(os.path.join(model_dir, "model-info.txt"), shapes)
     loop = trainer_cls(
         model=model,
         train_state=state,
@@ -158,88 +142,76 @@ def train(
     )
     # The trainer alone may hold the state: its arrays are donated to the first step.
     del state
-    with progress.without_orbax_notes(), contextlib.closing(loop), contextlib.closing(manager):
-        metrics = loop.train_metrics_manager
-        summarize_config_fn(model_dir, metrics.summary_writer, host_step)
-        metrics.write_scalar("timing/init_or_restore_seconds", time.monotonic() - begun, host_step)
-        if host_step < total_steps:
+    metrics = loop.train_metrics_manager
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(progress.without_orbax_notes())
+        stack.callback(loop.close)
+        if checkpoint_cfg.save:
+            manager = checkpoints.make_manager(model_dir, save_cfg.keep)
+            stack.callback(manager.close)
+
+        def save() -> None:
+            begun, state = time.monotonic(), loop.train_state
+            count = skipped + int(state.step) - first_step if save_cfg.save_dataset else None
+            if checkpoints.save(manager, state, dtype=save_cfg.dtype, batches=count):
+                seconds = time.monotonic() - begun
+                metrics.write_scalar("timing/checkpoint_seconds", seconds, state.step)
+
+        def evaluate(step: int) -> None:
+            sets = {name: found.as_numpy_iterator() for name, found in eval_sets.items()}
+            for name, values in loop.eval(sets).items():
+                loss = values.get(progress.LOSS)
+                shown = "" if loss is None else f": {progress.LOSS} {float(loss.value):.4f}"
+                logging.info("Step %d, evaluated %s%s", step, name, shown)
+
+        summarize_config_fn(model_dir, metrics.summary_writer, first_step)
+        metrics.write_scalar("timing/init_or_restore_seconds", time.monotonic() - begun, first_step)
+        if first_step < total_steps:
             compiling = time.monotonic()
-            loop.compile_train(train_iter.zeros(layout.batch_size))
+            loop.compile_train(batch)
             logging.info("Compiled the train step in %.1f s.", time.monotonic() - compiling)
         else:
-            logging.warning("The run is at step %d already: there is nothing to train.", host_step)
-        if run_eval_before_training and eval_sets:
-            _evaluate(loop, eval_sets, host_step)
-        if save_period:
-            _save(loop, manager)
+            logging.warning("The run is at step %d already: there is nothing to train.", first_step)
+        if run_eval_before_training:
+            evaluate(first_step)
+        if save_cfg.period:
+            save()
 
-        with progress.Progress(host_step, total_steps) as report:
-            batches = report.count(train_iter)
-            for segment in segments(host_step, total_steps, stats_period, eval_period, save_period):
-                try:
-                    loop.train(batches, segment.stop - segment.start, start_step=segment.start)
-                except trainer.PreemptionError:
-                    if save_cfg:
-                        _save(loop, manager)
-                    raise
-                host_step = segment.stop
-                report.watch(host_step, metrics.snapshot())
-                if segment.save:
-                    _save(loop, manager)
-                if segment.evaluate and eval_sets:
-                    _evaluate(loop, eval_sets, host_step)
-        return host_step, loop.train_state
-
-
-class Segment(NamedTuple):
-    """Steps [start, stop) that are dispatched in one go, and what follows them."""
-
-    start: int
-    stop: int
-    save: bool
-    evaluate: bool
+        report = stack.enter_context(progress.Progress(first_step, total_steps))
+        batches = report.count(batches)
+        periods = (stats_period, eval_period, save_cfg.period)
+        stops = segment_ends(first_step, total_steps, *periods)
+        for start, stop in itertools.pairwise([first_step, *stops]):
+            try:
+                summary = loop.train(batches, stop - start, start_step=start)
+            except trainer.PreemptionError:
+                if checkpoint_cfg.save:
+                    save()
+                raise
+            report.watch(stop, summary)
+            if is_due(save_cfg.period, stop, first_step, total_steps):
+                save()
+            if is_due(eval_period, stop, first_step, total_steps):
+                evaluate(stop)
+        return total_steps, loop.train_state
 
 
-def segments(
+def segment_ends(
     first: int, total: int, stats: int | None, evaluate: int | None, save: int | None
-) -> Iterator[Segment]:
-    """The segments from step `first` to `total`; periods, None or 0 for never, count from `first`.
+) -> Iterator[int]:
+    """The steps, from `first` to `total`, up to which steps are dispatched in one go.
 
-    A segment ends at the next multiple of the shorter of `evaluate` and `save`, or of `stats`
-    within it. The end of training counts as a multiple of every period.
+    It is the next multiple of the shorter of the periods `evaluate` and `save`, or of `stats`
+    within it. Periods, None or 0 for never, count from `first`.
     """
     shortest = min((x for x in (evaluate, save) if x), default=max(total - first, 1))
-
-    def due(period, stop):
-        return bool(period) and (stop == total or (stop - first) % period == 0)
-
-    start = first
-    while start < total:
-        whole = start + shortest - (start - first) % shortest
-        stop = min(total, whole, start + (stats or shortest))
-        yield Segment(start, stop, due(save, stop), due(evaluate, stop))
-        start = stop
+    stop = first
+    while stop < total:
+        whole = stop + shortest - (stop - first) % shortest
+        stop = min(total, whole, stop + (stats or shortest))
+        yield stop
 
 
-def _save(loop: trainer.BaseTrainer, manager: Any) -> None:
-    """Save a checkpoint of the current step, unless there is one."""
-    begun = time.monotonic()
-    state = loop.train_state
-    if manager.save(state):
-        loop.train_metrics_manager.write_scalar(
-            "timing/checkpoint_seconds", time.monotonic() - begun, state.step
-        )
-
-
-def _evaluate(loop: trainer.BaseTrainer, sets: Mapping[str, Any], step: int) -> None:
-    """Evaluate every set and log its loss."""
-    loop.compile_eval({n: data.get_zeros_batch_like_dataset(s) for n, s in sets.items()})
-    summaries = loop.eval({name: iter(_as_numpy(found)) for name, found in sets.items()})
-    for name, values in summaries.items():
-        loss = values.get(progress.LOSS)
-        shown = "" if loss is None else f": {progress.LOSS} {float(loss.value):.4f}"
-        logging.info("Step %d, evaluated %s%s", step, name, shown)
-
-
-def _as_numpy(found: Any) -> Iterable:
-    return found.as_numpy_iterator() if hasattr(found, "as_numpy_iterator") else found
+def is_due(period: int | None, stop: int, first: int, total: int) -> bool:
+    """Whether a period ends at step `stop`; the end of training counts as a multiple of each."""
+    return bool(period) and (stop == total or (stop - first) % period == 0)

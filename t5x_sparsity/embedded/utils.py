@@ -12,9 +12,10 @@ import flax.core
 import jax
 import jax.numpy as jnp
 from absl import logging
-from flax import traverse_util
+from clu import parameter_overview
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from t5x_sparsity.embedded import checkpoints, data, optimizers, train_state
+from t5x_sparsity.embedded import checkpoints, data, train_state
 from t5x_sparsity.embedded.refusals import missing_from, refuse, refuse_options
 
 __getattr__ = missing_from(__name__)
@@ -22,14 +23,8 @@ __getattr__ = missing_from(__name__)
 DatasetConfig = data.DatasetConfig
 get_dataset = data.get_dataset
 get_training_eval_datasets = data.get_training_eval_datasets
-get_zeros_batch_like_dataset = data.get_zeros_batch_like_dataset
 verify_matching_vocabs = data.verify_matching_vocabs
 get_local_data = checkpoints.get_local_data
-flatten_dict_string_keys = optimizers.flatten
-
-_SAVE_DTYPES = (None, "float32", "bfloat16")
-_RESTORE_DTYPES = (None, "float32", "bfloat16", "float16")
-_RESTORE_MODES = ("specific", "latest")
 
 
 def _one_of(binding: str, got: Any, allowed: Sequence[Any]) -> None:
@@ -43,12 +38,12 @@ class SaveCheckpointConfig:
     """When checkpoints are written and what they hold.
 
     Attributes:
-      dtype: the type that weights are saved in ('float32', 'bfloat16', or None: as they are). The
-        optimizer's state always keeps its own types.
+      dtype: of weights on disk ('float32', 'bfloat16', or None: as they are). The optimizer's state
+        always keeps its own.
       period: steps between checkpoints, or None.
       keep: how many checkpoints stay; None keeps all.
-      save_dataset: save the position in the training data, so that a resumed run goes on with the
-        batches that come next. Needs a fixed seed in the training DatasetConfig.
+      save_dataset: a resumed run goes on with the batches that come next. Needs a fixed seed in the
+        training DatasetConfig.
     """
 
     dtype: str | None = "float32"
@@ -62,7 +57,7 @@ class SaveCheckpointConfig:
         for name in ("checkpoint_steps", "state_transformation_fns"):
             given = tuple(getattr(self, name) or ())
             refuse(f"utils.SaveCheckpointConfig.{name}", given, (), "saves by `period` alone")
-        _one_of("utils.SaveCheckpointConfig.dtype", self.dtype, _SAVE_DTYPES)
+        _one_of("utils.SaveCheckpointConfig.dtype", self.dtype, (None, "float32", "bfloat16"))
         for name in ("period", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -81,7 +76,7 @@ class RestoreCheckpointConfig:
       mode: 'specific' or 'latest'. T5X also has 'all', for evaluation.
       assignment_map: (regex, replacement) pairs. A leaf of the model whose whole name matches is
         read from the checkpoint's leaf of the replaced name; None as replacement leaves it out.
-      strict: accepted for T5X's sake, where it is about TensorFlow checkpoints.
+      strict: not used; in T5X it is about TensorFlow checkpoints.
       fallback_to_scratch: initialize what the checkpoint lacks; needs assignment_map or
         state_transformation_fns, which say what may be missing.
       dtype: cast the weights to this type; None takes the model's.
@@ -100,8 +95,9 @@ class RestoreCheckpointConfig:
     state_transformation_fns: Sequence[Callable] = ()
 
     def __post_init__(self):
-        _one_of("utils.RestoreCheckpointConfig.mode", self.mode, _RESTORE_MODES)
-        _one_of("utils.RestoreCheckpointConfig.dtype", self.dtype, _RESTORE_DTYPES)
+        _one_of("utils.RestoreCheckpointConfig.mode", self.mode, ("specific", "latest"))
+        dtypes = (None, "float32", "bfloat16", "float16")
+        _one_of("utils.RestoreCheckpointConfig.dtype", self.dtype, dtypes)
         if self.fallback_to_scratch and not self.transformations:
             raise ValueError(
                 "utils.RestoreCheckpointConfig.fallback_to_scratch = True needs an assignment_map "
@@ -131,32 +127,29 @@ def _assign(
     """The state transformation of an assignment map."""
     if is_resuming:
         return saved
-    source = traverse_util.flatten_dict(saved, sep="/")
-    result, taken, used = {}, set(), set()  # taken: names not to be copied as they are
-    for name in traverse_util.flatten_dict(expected, sep="/"):
-        tried = ((re.fullmatch(rule[0], name), *rule) for rule in rules)
-        match, pattern, replacement = next((t for t in tried if t[0]), (None, None, None))
-        if match is None:
-            continue
+    source = flatten_dict(saved, sep="/")
+    kept, assigned, used = dict(source), {}, set()
+    for name in flatten_dict(expected, sep="/"):
+        pattern, replacement = next((r for r in rules if re.fullmatch(r[0], name)), (None, None))
         used.add(pattern)
-        old = name if replacement is None else match.expand(replacement)
-        taken.add(old)
-        if replacement is None:
-            continue
-        if old not in source:
-            raise ValueError(
-                f"assignment_map {pattern!r} -> {replacement!r} reads {name!r} from "
-                f"{old!r}, which the checkpoint doesn't hold."
-            )
-        result[name] = source[old]
+        if pattern is not None and replacement is None:
+            kept.pop(name, None)
+        elif pattern is not None:
+            old = re.fullmatch(pattern, name).expand(replacement)
+            if old not in source:
+                raise ValueError(
+                    f"assignment_map {pattern!r} -> {replacement!r} reads {name!r} from "
+                    f"{old!r}, which the checkpoint doesn't hold."
+                )
+            kept.pop(old, None)
+            assigned[name] = source[old]
     unused = [pattern for pattern, _ in rules if pattern not in used]
     if unused:
         raise ValueError(
             f"utils.RestoreCheckpointConfig.assignment_map: {unused} match no leaf of the "
             "model's state. Patterns match whole names, such as r'state/param_states/.*'."
         )
-    kept = {name: leaf for name, leaf in source.items() if name not in taken}
-    return traverse_util.unflatten_dict({**kept, **result}, sep="/")
+    return unflatten_dict(kept | assigned, sep="/")
 
 
 def create_learning_rate_scheduler(
@@ -164,20 +157,9 @@ def create_learning_rate_scheduler(
     base_learning_rate: float = 0.5,
     warmup_steps: int = 1000,
     steps_per_cycle: int = 100000,
-    step_offset: int = 0,
-    min_learning_rate: float = 1e-8,
     **only_in_t5x: Any,
 ) -> Callable[[jax.Array], jax.Array]:
-    """The product of the named factors as a function of the step, never below `min_learning_rate`.
-
-    Factors, for s = max(step - step_offset, 0) and w = warmup_steps:
-
-    - constant: base_learning_rate
-    - linear_warmup: min(1, s / w)
-    - rsqrt_decay: 1 / sqrt(max(s, w))
-    - rsqrt_normalized_decay: sqrt(w / max(s, w))
-    - cosine_decay: (1 + cos(pi * p)) / 2, p = max(0, s - w) / steps_per_cycle modulo 1
-    """
+    """The product of the named factors, see below, as a function of the step; at least 1e-8."""
     refuse_options("utils.create_learning_rate_scheduler", only_in_t5x)
     warmup = warmup_steps
     table: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -196,19 +178,17 @@ def create_learning_rate_scheduler(
                 f"utils.create_learning_rate_scheduler.factors = {factors!r} names the factor "
                 f"{name!r}; the factors are {', '.join(table)}. T5X has others."
             )
-    uses_ratio = {"linear_warmup", "rsqrt_normalized_decay", "rsqrt_decay"}
-    if warmup < 1 and uses_ratio & set(names):
-        raise ValueError(
-            f"utils.create_learning_rate_scheduler.warmup_steps is {warmup}; with "
-            f"{sorted(uses_ratio & set(names))} it must be at least 1."
-        )
+        if warmup < 1 and name not in ("constant", "cosine_decay"):
+            raise ValueError(
+                f"utils.create_learning_rate_scheduler.warmup_steps is {warmup}; with {name!r} "
+                "it must be at least 1."
+            )
 
     def learning_rate(step):
-        since = jnp.maximum(0, jnp.asarray(step) - step_offset)
         rate = jnp.float32(1.0)
         for name in names:
-            rate = rate * table[name](since)
-        return jnp.maximum(rate, min_learning_rate).astype(jnp.float32)
+            rate = rate * table[name](jnp.asarray(step))
+        return jnp.maximum(rate, 1e-8).astype(jnp.float32)
 
     return learning_rate
 
@@ -241,37 +221,21 @@ class TrainStateInitializer:
             )
             return train_state.FlaxOptimTrainState.create(optimizer_def, variables)
 
-        self._partitioner = partitioner
-        self._initialize_train_state = initialize
+        self._partitioner, self._initialize = partitioner, initialize
         self.global_train_state_shape = jax.eval_shape(initialize, jax.random.PRNGKey(0))
         self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
 
     def from_scratch(self, init_rng: jax.Array) -> Any:
         """The train state at step 0, each array made where it is to lie."""
         logging.info("Initializing the train state from scratch.")
-        make = self._partitioner.partition(
-            self._initialize_train_state,
-            in_axis_resources=None,
-            out_axis_resources=self.train_state_axes,
-        )
-        return make(init_rng)
+        return self._partitioner.partition(self._initialize, None, self.train_state_axes)(init_rng)
 
 
-def log_model_info(log_file: str, full_train_state: Any, partitioner: Any) -> None:
-    """Write one line for each array of the state to a file.
-
-    A line is its name, size, shape, dtype, logical axes and partition spec; weights come first.
-    """
-    shapes = flatten_dict_string_keys(full_train_state.state_dict())
-    logical = flatten_dict_string_keys(partitioner.get_logical_axes(full_train_state).state_dict())
-    placed = flatten_dict_string_keys(partitioner.get_mesh_axes(full_train_state).state_dict())
-    lines, weights = [], 0
-    for name in sorted(shapes, key=lambda key: (not key.startswith("target/"), key)):
-        leaf = shapes[name]
-        if hasattr(leaf, "shape"):
-            weights += leaf.size if name.startswith("target/") else 0
-            axes = [spec and tuple(spec) for spec in (logical.get(name), placed.get(name))]
-            lines.append(f"{name:<72} {leaf.size:>12} {leaf.shape!s:<20} {leaf.dtype} {axes}")
-    logging.info("The model has %s weights.", f"{weights:,}")
+def log_model_info(log_file: str, full_train_state: Any) -> None:
+    """Write a table of the weights to a file: name, shape, dtype and size."""
+    weights = flax.core.unfreeze(full_train_state.params)
+    count = parameter_overview.count_parameters(weights)
+    logging.info("The model has %s weights.", f"{count:,}")
     with open(log_file, "w", encoding="utf-8") as out:
-        out.write(f"Weights in all: {weights}\n\n" + "\n".join(lines) + "\n")
+        table = parameter_overview.get_parameter_overview(weights, include_stats=False)
+        out.write(f"Weights in all: {count}\n\n{table}\n")

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense
 from t5x_sparsity.artifacts.export import ExportError, export, load_export
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
-from t5x_sparsity.embedded import decoder_only
+from t5x_sparsity.embedded import network
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -485,7 +485,7 @@ def example():
 @pytest.fixture(scope="module")
 def small_decoder():
     """(config, weights, masks) of a decoder whose kernels are 80% sparse."""
-    config = decoder_only.TransformerConfig(
+    config = network.TransformerConfig(
         vocab_size=384,
         emb_dim=32,
         num_heads=4,
@@ -495,7 +495,7 @@ def small_decoder():
         mlp_activations=("gelu", "linear"),
     )
     tokens = jnp.ones((1, 8), jnp.int32)
-    init = decoder_only.DecoderWrapper(config).init(
+    init = network.DecoderWrapper(config).init(
         jax.random.key(0), tokens, tokens, enable_dropout=False
     )
     flat = jax.tree_util.tree_flatten_with_path(init["params"])[0]
@@ -523,7 +523,7 @@ def test_the_example_infers_what_the_dense_model_does(tmp_path, example, small_d
     text = np.frombuffer(Path(example.__file__).read_bytes(), np.uint8).astype(np.int32) + 3
     targets = np.resize(text, (2, 16))
     inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    model = decoder_only.DecoderWrapper(config)
+    model = network.DecoderWrapper(config)
     expected = model.apply({"params": tree}, inputs, targets, enable_dropout=False)
     np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-5)
 

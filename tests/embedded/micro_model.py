@@ -17,6 +17,7 @@ from clu import metrics as clu_metrics
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh
 
+from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded import metrics, optimizers, partitioning, trainer, utils
 from t5x_sparsity.embedded.train import train
 
@@ -75,10 +76,8 @@ class Model:
         weights = batch["decoder_loss_weights"]
         loss = jnp.sum(losses * weights)
         values = {
-            "loss": metrics.AveragePerStep(total=loss),
+            "loss": metrics.Total(loss, "step"),
             "loss_per_nonpadding_target_token": clu_metrics.Average(loss, jnp.sum(weights)),
-            "timing/steps_per_second": metrics.StepsPerTime(),
-            "timing/seconds": metrics.Time(),
         }
         return loss, values
 
@@ -161,7 +160,7 @@ def run(model_dir, total_steps=6, *, save=None, restore=None, **overrides):
 
 def leaves(state):
     """The state dict as {name: numpy array}."""
-    return {k: np.asarray(v) for k, v in utils.flatten_dict_string_keys(state.state_dict()).items()}
+    return {k: np.asarray(v) for k, v in flatten(state.state_dict()).items()}
 
 
 def initial_state(partitioner=None):

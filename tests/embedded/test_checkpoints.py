@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded import checkpoints, partitioning, utils
 
 
@@ -61,26 +62,20 @@ def sparse(step=1):
     return tree(step, sparsity={"masks": {"a": {"kernel": jnp.arange(4, dtype=jnp.uint8)}}})
 
 
-def manager(directory, like, **kwargs):
-    return checkpoints.OrbaxCheckpointManagerInterface(
-        str(directory), State(like), Partitioner(), **kwargs
-    )
-
-
-def restore(directory, like, path, **kwargs):
-    plan = checkpoints.plan_restore(path, like)
-    return manager(directory, like, **kwargs).restore(path, plan).state_dict()
+def restore(like, path, plan=None, **kwargs):
+    plan = plan or checkpoints.plan_restore(path, like)
+    return checkpoints.restore(path, plan, State(like), Partitioner(), **kwargs).state_dict()
 
 
 def saved(directory, like, **kwargs):
-    saving = manager(directory, like, **kwargs)
-    assert saving.save(State(like))
-    saving.close()
+    manager = checkpoints.make_manager(str(directory))
+    assert checkpoints.save(manager, State(like), **kwargs)
+    manager.close()
     return checkpoints.checkpoint_path(str(directory), int(like["state"]["step"]))
 
 
 def flat(nested):
-    return {k: np.asarray(v) for k, v in utils.flatten_dict_string_keys(nested).items()}
+    return {k: np.asarray(v) for k, v in flatten(nested).items()}
 
 
 def same(a, b):
@@ -103,23 +98,23 @@ def test_layout_and_round_trip(tmp_path):
         "state/sparsity/masks/a/kernel",
     }
     assert os.path.isdir(os.path.join(path, "state"))
-    same(restore(tmp_path / "elsewhere", state, path), state)
+    same(restore(state, path), state)
 
 
 def test_bfloat16_is_for_weights_only(tmp_path):
     state = sparse(12345)
-    path = saved(tmp_path, state, save_dtype="bfloat16")
+    path = saved(tmp_path, state, dtype="bfloat16")
     dtypes = {name: str(leaf.dtype) for name, leaf in checkpoints.saved_leaves(path).items()}
     assert dtypes["target/a/kernel"] == "bfloat16"
     assert dtypes["state/param_states/mu"] == "float32"
     assert dtypes["state/step"] == "int32"
-    back = restore(tmp_path, state, path)
+    back = restore(state, path)
     assert back["target"]["a"]["kernel"].dtype == jnp.float32
     expected = state["target"]["a"]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(back["target"]["a"]["kernel"], expected)
     same({"state": back["state"]}, {"state": state["state"]})
 
-    read = restore(tmp_path, state, path, restore_dtype="bfloat16")
+    read = restore(state, path, dtype="bfloat16")
     assert read["target"]["a"]["kernel"].dtype == jnp.bfloat16
     same({"state": read["state"]}, {"state": state["state"]})
 
@@ -128,14 +123,15 @@ def test_none_and_empty_leaves_come_from_the_model(tmp_path):
     state = tree(7, frozen=None, empty={})
     path = saved(tmp_path, state)
     assert "state/frozen" not in checkpoints.saved_leaves(path)
-    back = restore(tmp_path, state, path)
+    back = restore(state, path)
     assert back["state"]["frozen"] is None and back["state"]["empty"] == {}
 
 
 def test_keep_and_saving_twice(tmp_path):
-    saving = manager(tmp_path, tree(), keep=2)
-    assert [saving.save(State(tree(step))) for step in (1, 2, 3, 3)] == [True, True, True, False]
-    saving.close()
+    manager = checkpoints.make_manager(str(tmp_path), keep=2)
+    done = [checkpoints.save(manager, State(tree(step))) for step in (1, 2, 3, 3)]
+    assert done == [True, True, True, False]
+    manager.close()
     assert checkpoints.all_steps(str(tmp_path)) == [2, 3]
     assert checkpoints.latest_step(str(tmp_path)) == 3
     assert checkpoints.latest_step(str(tmp_path / "none")) is None
@@ -144,12 +140,12 @@ def test_keep_and_saving_twice(tmp_path):
 def test_save_copies_before_it_returns(tmp_path):
     state = tree(1)
     kept = flat(state)
-    saving = manager(tmp_path, state)
-    saving.save(State(state))
+    manager = checkpoints.make_manager(str(tmp_path))
+    checkpoints.save(manager, State(state))
     for leaf in jax.tree.leaves(state):
         leaf.delete()
-    saving.close()
-    got = restore(tmp_path, tree(), checkpoints.checkpoint_path(str(tmp_path), 1))
+    manager.close()
+    got = restore(tree(), checkpoints.checkpoint_path(str(tmp_path), 1))
     assert all(np.array_equal(kept[name], flat(got)[name]) for name in kept)
 
 
@@ -160,21 +156,18 @@ def test_torn_folders_are_passed_over_and_cleared(tmp_path):
     half_deleted = tmp_path / "checkpoint_0" / "dataset"
     half_deleted.mkdir(parents=True)
     assert checkpoints.all_steps(str(tmp_path)) == [1]
-    saving = manager(tmp_path, tree(), keep=2)
-    assert torn.exists()  # nothing is touched before a save
+    assert torn.exists()
+    manager = checkpoints.make_manager(str(tmp_path), keep=2)
     for step in (2, 3):
-        saving.save(State(tree(step)))
-    saving.close()
+        checkpoints.save(manager, State(tree(step)))
+    manager.close()
     assert checkpoints.all_steps(str(tmp_path)) == [2, 3]
     assert not (tmp_path / "checkpoint_2.orbax-checkpoint-tmp").exists()
     assert not (tmp_path / "checkpoint_0").exists()
 
 
 def test_position_in_the_data(tmp_path):
-    class Counted:
-        batches = 41
-
-    path = saved(tmp_path / "with", tree(1), dataset_iterator=Counted())
+    path = saved(tmp_path / "with", tree(1), batches=41)
     assert checkpoints.saved_batches(path) == 41
     assert checkpoints.saved_batches(saved(tmp_path / "without", tree(1))) is None
     # T5X has the state of a tf.data iterator there
@@ -219,15 +212,14 @@ def test_sparse_checkpoint_in_a_dense_run(tmp_path, caplog):
         plan = checkpoints.plan_restore(path, tree())
     assert f"1 arrays of {path} are not of this run and are left out" in caplog.text
     assert "state/sparsity/masks/a/kernel" in caplog.text
-    back = manager(tmp_path, tree()).restore(path=path, plan=plan).state_dict()
-    same(back, tree(1))
+    same(restore(tree(), path, plan), tree(1))
 
 
 def test_assignment_and_fallback(tmp_path):
     path = saved(tmp_path, tree(9))
     expected = sparse(0)
     expected["target"] = {"b": {"kernel": jnp.zeros((4, 3))}}
-    restore = utils.RestoreCheckpointConfig(
+    config = utils.RestoreCheckpointConfig(
         path=path,
         assignment_map=(
             ("target/b/kernel", "target/a/kernel"),
@@ -236,16 +228,16 @@ def test_assignment_and_fallback(tmp_path):
         fallback_to_scratch=True,
     )
     plan = checkpoints.plan_restore(
-        path, expected, restore.transformations, fallback_to_scratch=True
+        path, expected, config.transformations, fallback_to_scratch=True
     )
-    back = manager(tmp_path, expected).restore(path=path, plan=plan, fallback_state=expected)
-    got, old = flat(back.state_dict()), flat(tree(9))
+    back = restore(expected, path, plan, fallback_state=expected)
+    got, old = flat(back), flat(tree(9))
     np.testing.assert_array_equal(got["target/b/kernel"], old["target/a/kernel"])
     np.testing.assert_array_equal(got["state/sparsity/masks/a/kernel"], np.arange(4))
     assert got["state/step"] == 9
     two = {"target": {"b": {"kernel": jnp.zeros((4, 3)), "kernel2": jnp.zeros((4, 3))}}}
-    restore = utils.RestoreCheckpointConfig(assignment_map=[("target/.*", "target/a/kernel")])
-    message = refused(path, two, transformations=restore.transformations)
+    config = utils.RestoreCheckpointConfig(assignment_map=[("target/.*", "target/a/kernel")])
+    message = refused(path, two, transformations=config.transformations)
     assert message == "Several leaves of the run are read from target/a/kernel: use T5X for it."
 
 
@@ -254,29 +246,19 @@ def test_no_checkpoint_is_named(tmp_path):
         checkpoints.saved_leaves(str(tmp_path))
 
 
-def test_planning_and_making_a_manager_write_nothing(tmp_path):
-    making = manager(tmp_path / "new", tree())
-    making.close()
-    assert not (tmp_path / "new").exists()
-
-
-def _restored(saving, state, directory):
-    path = checkpoints.checkpoint_path(directory, 0)
-    return saving.restore(path, checkpoints.plan_restore(path, state.state_dict()))
-
-
 def mesh_main(directory, num_partitions):
     """Save on this process's mesh; restore onto it and train a step if there is a checkpoint."""
     partitioner = partitioning.PjitPartitioner(num_partitions=int(num_partitions))
     initializer, state, model, _ = micro.initial_state(partitioner)
-    saving = checkpoints.OrbaxCheckpointManagerInterface(
-        directory, initializer.global_train_state_shape, partitioner
-    )
     if checkpoints.latest_step(directory) is None:
-        saving.save(state)
-        saving.close()
+        manager = checkpoints.make_manager(directory)
+        checkpoints.save(manager, state)
+        manager.close()
     else:
-        scratch, state = state, _restored(saving, state, directory)
+        scratch, path = state, checkpoints.checkpoint_path(directory, 0)
+        plan = checkpoints.plan_restore(path, state.state_dict())
+        shapes = initializer.global_train_state_shape
+        state = checkpoints.restore(path, plan, shapes, partitioner)
         for name, expected in micro.leaves(scratch).items():
             np.testing.assert_array_equal(expected, micro.leaves(state)[name], err_msg=name)
         assert state.params["kernel"].sharding.spec == PartitionSpec(None, "model")

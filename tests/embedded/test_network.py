@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 from flax.core import unfreeze
 
-from t5x_sparsity.embedded import decoder_only, layers, network
+from t5x_sparsity.embedded import layers, network
 
 SIZES = dict(
     vocab_size=16,
@@ -26,9 +26,7 @@ def encoder_decoder(**kwargs):
 
 
 def decoder(**kwargs):
-    return decoder_only.DecoderWrapper(
-        decoder_only.TransformerConfig(**{**SIZES, "num_layers": 1, **kwargs})
-    )
+    return network.DecoderWrapper(network.TransformerConfig(**{**SIZES, "num_layers": 1, **kwargs}))
 
 
 def init(module, *tokens):

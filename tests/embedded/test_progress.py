@@ -81,7 +81,7 @@ def test_orbax_notes_are_dropped_and_warnings_stay():
     before = list(handler.filters)
     with progress.without_orbax_notes():
         (added,) = set(handler.filters) - set(before)
-        kept = added.filter
+        kept = added
     assert handler.filters == before
     record = logging.logging.LogRecord
     note = record("absl", 20, "/site/orbax/checkpoint/x.py", 1, "", (), None)

@@ -1,5 +1,6 @@
 """Whole runs: their course, their errors, and being killed."""
 
+import itertools
 import os
 import re
 import shutil
@@ -13,17 +14,24 @@ import jax.numpy as jnp
 import micro_model as micro
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
+import tensorflow as tf
 from absl import logging
 
 from t5x_sparsity.embedded import checkpoints, optimizers, startup, train, trainer, utils
 
 
 def plan(first, total, stats=None, eval=None, checkpoint=None):
+    ends = train.segment_ends(first, total, stats, eval, checkpoint)
     return [
-        (s.start, s.stop, "S" * s.save + "E" * s.evaluate)
-        for s in train.segments(first, total, stats, eval, checkpoint)
+        (start, stop, due(checkpoint, stop, first, total, "S") + due(eval, stop, first, total, "E"))
+        for start, stop in itertools.pairwise([first, *ends])
     ]
+
+
+def due(period, stop, first, total, letter):
+    return letter * train.is_due(period, stop, first, total)
 
 
 def test_segments_by_hand():
@@ -86,10 +94,14 @@ def killing_trainer(at_step):
     """A trainer that fails before it takes the batch of `at_step`."""
 
     class Killing(trainer.Trainer):
-        def _next_batch(self, batch_iter, step):
-            if step == at_step:
-                raise Killed
-            return super()._next_batch(batch_iter, step)
+        def train(self, batch_iter, num_steps, start_step=None):
+            def batches():
+                for step in itertools.count(start_step):
+                    if step == at_step:
+                        raise Killed
+                    yield next(batch_iter)
+
+            return super().train(batches(), num_steps, start_step)
 
     return lambda **kwargs: Killing(
         **kwargs, learning_rate_fn=lambda step: jnp.float32(1e-2), num_microbatches=None
@@ -235,11 +247,11 @@ ERRORS = {
     ),
     "restore nothing": (
         lambda: {"restore": {"path": "/nowhere"}},
-        "RestoreCheckpointConfig.path is /nowhere, which is no folder",
+        "/nowhere doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR",
     ),
     "restore empty": (
         lambda: {"restore": {"path": os.path.dirname(__file__)}},
-        "holds no checkpoint_<step>. Set the folder of a run",
+        "holds no checkpoint: neither is it one, nor has it a folder checkpoint_<step>",
     ),
     "split": (
         lambda: {"train_dataset_cfg": micro.dataset_config("test")},
@@ -263,16 +275,12 @@ def _without_optimizer():
 
 
 def _broken_data(cfg, *args):
-    class Broken:
-        element_spec = {
-            name: jax.ShapeDtypeStruct((8, micro.LENGTH), np.int32)
-            for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights")
-        }
+    def batches():
+        raise FileNotFoundError("No such folder: /data/books")
 
-        def __iter__(self):
-            raise FileNotFoundError("No such folder: /data/books")
-
-    return Broken()
+    names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights")
+    spec = tf.TensorSpec((8, micro.LENGTH), tf.int32)
+    return tf.data.Dataset.from_generator(batches, output_signature=dict.fromkeys(names, spec))
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -283,7 +291,7 @@ def test_bad_input_ends_the_run_before_it_compiles_or_writes(tmp_path, monkeypat
         raise AssertionError("compiled before the error")
 
     monkeypatch.setattr(utils.TrainStateInitializer, "from_scratch", compiled)
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+    with pytest.raises((ValueError, tf.errors.OpError), match=re.escape(message)):
         micro.run(tmp_path / "run", 4, **overrides())
     assert not (tmp_path / "run").exists()
 
@@ -298,7 +306,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model_dir", "message"),
     [
-        ("", "model_dir is ''. Set the gin macro MODEL_DIR"),
+        ("", "model_dir is '', but it names no folder. Set the gin macro MODEL_DIR"),
         ("gs://bucket/run", "the embedded host writes to local folders only"),
         (__file__, "test_train.py is not a folder"),
         (os.path.join(__file__, "run"), "test_train.py is not a folder"),
@@ -368,7 +376,7 @@ def test_errors_of_the_run_and_of_closing_both_show(tmp_path, monkeypatch):
     def close(self):
         raise RuntimeError("from close")
 
-    monkeypatch.setattr(checkpoints.OrbaxCheckpointManagerInterface, "close", close)
+    monkeypatch.setattr(orbax.checkpoint.CheckpointManager, "close", close)
     with pytest.raises(RuntimeError, match="from close") as caught:
         micro.run(tmp_path, 4, trainer_cls=killing_trainer(1))
     assert isinstance(caught.value.__context__, Killed)

@@ -47,7 +47,7 @@ def test_it_trains_sparse(name):
         before = after
     assert np.isfinite(losses).all() and len(set(losses)) > 1
     steps = [v._step for v in trainer.train_step_variants().values()]
-    jitted = [next(x for x in vars(s).values() if hasattr(x, "_cache_size")) for s in steps]
+    jitted = [next(x for x in (s, *vars(s).values()) if hasattr(x, "_cache_size")) for s in steps]
     assert [j._cache_size() for j in jitted] == [1, 1]
     check_counts(trainer, after)
     check_what_is_sparse(trainer, case)

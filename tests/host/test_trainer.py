@@ -59,7 +59,9 @@ def test_the_two_steps_compile_once(trainer):
 
     def sizes():
         steps = [v._step for v in variants.values()]
-        jitted = [next(x for x in vars(s).values() if hasattr(x, "_cache_size")) for s in steps]
+        jitted = [
+            next(x for x in (s, *vars(s).values()) if hasattr(x, "_cache_size")) for s in steps
+        ]
         return [j._cache_size() for j in jitted]
 
     first = sizes()

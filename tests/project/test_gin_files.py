@@ -208,7 +208,7 @@ MIXTURE_OR_TASK_NAME = @tasks.text_folder()
     name = tasks.text_folder(tmp_path)
     assert called["train_dataset_cfg"].mixture_or_task_name == name
     assert called["train_eval_dataset_cfg"].mixture_or_task_name == name
-    with pytest.raises(ValueError, match="text_folder.path is not set"):
+    with pytest.raises(ValueError, match="text_folder.path is None, which is not a folder"):
         configure(run)
     with pytest.raises(ValueError, match="text_folder.path is '/gone', which is not a folder"):
         configure(run, **{"tasks.text_folder.path": "/gone"})
