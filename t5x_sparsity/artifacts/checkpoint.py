@@ -75,24 +75,21 @@ class SavedWeight:
         from t5x_sparsity.core.packing import stored_axis  # here, as it imports JAX
 
         assert self.mask is not None, f"{self.path} has no mask"
-        stored, shape = self.mask, self.array.shape
+        stored, at = self.mask, list(whole_index(index, self.array.shape))
         damage = f"{stored.folder}: the mask of {self.path} is damaged"
         try:
-            axis = stored_axis(stored.shape, shape)
+            axis = stored_axis(stored.shape, self.array.shape)
         except ValueError as e:
             raise CheckpointError(f"{damage}: {e}") from e
-        at = list(whole_index(index, shape))
         if axis is None:
             return stored.read(at) != 0
         if stored.dtype != np.uint8:
             raise CheckpointError(f"{damage}: it is packed, but of {stored.dtype.name}, not uint8")
-        wanted = at[axis]
-        first, last = wanted.start // 8, -(-wanted.stop // 8)
+        first, last = at[axis].start // 8, -(-at[axis].stop // 8)
+        inner = slice(at[axis].start - 8 * first, at[axis].stop - 8 * first)
         at[axis] = slice(first, last)
-        bits = np.unpackbits(stored.read(at), axis=axis, bitorder="little")
-        inner = [slice(None)] * len(shape)
-        inner[axis] = slice(wanted.start - 8 * first, wanted.stop - 8 * first)
-        return bits[tuple(inner)].view(bool)
+        bits = np.unpackbits(stored.read(at), axis=axis, bitorder="little").view(bool)
+        return bits[(*[slice(None)] * axis, inner)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,6 +153,11 @@ class Checkpoint:
     def under(self, prefix: str) -> dict[str, SavedArray]:
         """The arrays whose names begin with `prefix`, by what follows it."""
         return {k[len(prefix) :]: x for k, x in self.arrays.items() if k.startswith(prefix)}
+
+
+def sparsity(kept: int, size: int) -> float:
+    """Share of weights pruned, in [0, 1]; 0 where there are none."""
+    return 1 - kept / size if size else 0.0
 
 
 def open_checkpoint(path: str) -> Checkpoint:

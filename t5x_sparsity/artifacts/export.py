@@ -19,9 +19,8 @@ import numpy as np
 
 from t5x_sparsity import __version__
 from t5x_sparsity.artifacts import compression, encodings
-from t5x_sparsity.artifacts.checkpoint import Checkpoint, SavedWeight
-from t5x_sparsity.artifacts.compression import VALUES
-from t5x_sparsity.artifacts.encodings import Dense, Encoding
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, SavedWeight, sparsity
+from t5x_sparsity.artifacts.encodings import VALUES, Dense, Encoding
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 
 FORMATS = ("dense", "compressed")
@@ -46,75 +45,29 @@ class ExportedWeight:
     """What became of a weight.
 
     Attributes:
-      saved: the weight of the checkpoint.
-      dtype: in the file.
-      kept: positions that the mask keeps; without a mask in the whole checkpoint, those of a matrix
-        that aren't 0; else all.
+      path: of the weight.
+      described: what the file says of it, see docs/export.md.
       encoding: how it is stored.
-      has_mask: whether the positions kept can be read back as the run's mask.
-      dense_bytes: of all values in this dtype.
+      size: weights in all.
+      dense_bytes: of all values in the file's dtype.
       exported_bytes: of its tensors in the file.
-      bound_bytes: what an exact code of this pattern can't go below, see `compression.bound_bytes`.
+      bound_bytes: what an exact code of this pattern can't go below, see `Encoding.bound_bytes`.
       note: what a reader should know, '' for nothing.
     """
 
-    saved: SavedWeight
-    dtype: str
-    kept: int
+    path: str
+    described: Mapping[str, Any]
     encoding: Encoding
-    has_mask: bool
+    size: int
     dense_bytes: int
     exported_bytes: int
     bound_bytes: int
-    note: str = ""
-
-    @property
-    def path(self) -> str:
-        """Of the weight."""
-        return self.saved.path
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.saved.array.shape
-
-    @property
-    def size(self) -> int:
-        """Weights in all."""
-        return self.saved.array.size
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights not kept, in [0, 1]."""
-        return 1 - self.kept / self.size if self.size else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """What the file says of the weight, for JSON."""
-        return {
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "encoding": self.encoding.name,
-            **dataclasses.asdict(self.encoding),
-            "kept": self.kept,
-            "sparsity": self.sparsity,
-            "mask": self.has_mask,
-            "pattern": self.saved.record.pattern or "",
-            "algorithm": self.saved.record.algorithm or "",
-            "stack_axes": list(self.saved.record.stack_axes or ()),
-        }
+    note: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written.
-
-    Attributes:
-      path: of the file.
-      format: 'dense' or 'compressed'.
-      step: of the checkpoint.
-      weights: in the order of the checkpoint.
-      file_bytes: of the file, header included.
-    """
+    """What was written: to which path, in which format, the step and weights of the checkpoint."""
 
     path: str
     format: str
@@ -167,14 +120,13 @@ def export(
                 own = path if isinstance(weight.encoding, Dense) else f"{path}.{name}"
                 writer.add(own, array)
             weights.append(weight)
-        described = {w.path: w.as_dict() for w in weights}
         file_bytes = writer.finish(
             {
                 "format": _FORMAT + format,
                 "version": str(_VERSION),
                 "producer": f"t5x_sparsity {__version__}",
                 "step": "" if checkpoint.step is None else str(checkpoint.step),
-                "weights": json.dumps(described),
+                "weights": json.dumps({w.path: w.described for w in weights}),
             }
         )
     return Exported(
@@ -217,51 +169,53 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
 def _exported(
     saved: SavedWeight, x: np.ndarray, format: str, smallest: bool
 ) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
-    kept, has_mask, note = _kept(saved, x)
+    record, notes = saved.record, []
+    kept, has_mask = saved.kept(x), saved.mask is not None
+    # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
+    outside = np.count_nonzero((x != 0) & ~kept) if has_mask else 0
+    if outside:
+        kept, has_mask = x != 0, False
+        notes.append(f"{outside:,} weights that its mask prunes aren't 0; it isn't kept")
     encoding: Encoding = Dense()
     if format == "compressed":
         encoding = compression.choose(
             x,
             kept,
             exactly=has_mask,
-            pattern=saved.record.pattern or "",
+            pattern=record.pattern or "",
             stack_axes=saved.axes.stack,
             smallest=smallest,
         )
     count = int(np.count_nonzero(kept))
-    is_dense = isinstance(encoding, Dense)
-    if is_dense and format == "compressed" and has_mask and count < x.size:
-        note = "stays dense, as no encoding is smaller; its mask isn't exported"
-    signed = 0 if is_dense else int(np.count_nonzero((_bits(x) != 0) & ~kept))
-    if signed:
-        lost = f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
-        note = f"{note}; {lost}" if note else lost
-    arrays = compression.encode(x, kept, encoding)
+    if isinstance(encoding, Dense):
+        if format == "compressed" and has_mask and count < x.size:
+            notes.append("stays dense, as no encoding is smaller; its mask isn't exported")
+        has_mask = has_mask and count == x.size
+    elif signed := np.count_nonzero((_bits(x) != 0) & ~kept):
+        notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
+    arrays = encoding.encode(x, kept)
     weight = ExportedWeight(
-        saved=saved,
-        dtype=x.dtype.name,
-        kept=count,
+        path=saved.path,
+        described={
+            "shape": list(x.shape),
+            "dtype": x.dtype.name,
+            "encoding": encoding.name,
+            **dataclasses.asdict(encoding),
+            "kept": count,
+            "sparsity": sparsity(count, x.size),
+            "mask": has_mask,
+            "pattern": record.pattern or "",
+            "algorithm": record.algorithm or "",
+            "stack_axes": list(record.stack_axes or ()),
+        },
         encoding=encoding,
-        has_mask=has_mask and (not is_dense or count == x.size),
+        size=x.size,
         dense_bytes=x.nbytes,
         exported_bytes=sum(a.nbytes for a in arrays.values()),
-        bound_bytes=compression.bound_bytes(encoding, x.shape, count, x.itemsize),
-        note=note,
+        bound_bytes=encoding.bound_bytes(x.shape, count, x.itemsize),
+        note="; ".join(notes),
     )
     return weight, arrays
-
-
-def _kept(saved: SavedWeight, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
-    """(bool array of what is stored, whether it is the mask, a note)."""
-    kept = saved.kept(x)
-    if saved.mask is None:
-        return kept, False, ""
-    # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
-    nonzero = x != 0
-    outside = int(np.count_nonzero(nonzero & ~kept))
-    if not outside:
-        return kept, True, ""
-    return nonzero, False, f"{outside:,} weights that its mask prunes aren't 0; it isn't kept"
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
@@ -337,8 +291,8 @@ def _described(path, metadata: Mapping[str, str]) -> tuple[str, dict[str, dict]]
 
 def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form: str):
     encoding = encodings.from_dict(fields["encoding"], fields)
-    shape = tuple(fields["shape"])
-    if isinstance(encoding, Dense):
+    shape, is_dense = tuple(fields["shape"]), isinstance(encoding, Dense)
+    if is_dense:
         arrays = {VALUES: reader.read(name)}
     else:
         prefix = f"{name}."
@@ -346,22 +300,16 @@ def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form
         arrays = {n.removeprefix(prefix): reader.read(n) for n in own}
     if arrays[VALUES].dtype.name != fields["dtype"]:
         raise ValueError(f"its dtype is {arrays[VALUES].dtype}, not {fields['dtype']}")
-    if as_ == "arrays":
-        return compression.decode(arrays, encoding, shape)
-    if isinstance(encoding, Dense):
-        x = compression.decode(arrays, encoding, shape)
-        if as_ == "masks":  # a mask that keeps all
-            return np.ones(shape, bool)
-        if form == "compressed" or fields["kept"] == math.prod(shape):
-            return x
-        flat = x.reshape(-1)
-        positions = np.flatnonzero(flat)
-        return _bcoo(positions, flat[positions], shape)
-    positions, values = compression.stored(arrays, encoding, shape)
+    stays_dense = is_dense and (form == "compressed" or fields["kept"] == math.prod(shape))
+    if as_ == "arrays" or (as_ == "bcoo" and stays_dense):
+        return encoding.decode(arrays, shape)
+    positions, values = encoding.stored(arrays, shape)
     if as_ == "masks":
         mask = np.zeros(math.prod(shape), bool)
         mask[positions] = True
         return mask.reshape(shape)
+    if is_dense:
+        positions, values = positions[values != 0], values[values != 0]
     return _bcoo(positions, values, shape)
 
 

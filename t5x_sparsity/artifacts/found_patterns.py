@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from t5x_sparsity.artifacts.kept_bits import KeptBits
-from t5x_sparsity.artifacts.structure import Groups, StructureFinder, most_kept
+from t5x_sparsity.artifacts.structure import KeptBits, StructureFinder, most_kept
 from t5x_sparsity.core.matrix_axes import MatrixAxes
 
 if TYPE_CHECKING:
@@ -65,11 +65,6 @@ class Found:
     follows: bool | None = None
 
     @property
-    def sparsity(self) -> float:
-        """Share of weights pruned, in [0, 1]."""
-        return 1 - self.kept / self.size if self.size else 0.0
-
-    @property
     def n_by_m_inputs(self) -> tuple[int, int] | None:
         """(n, m) along the inputs, of several axes the last."""
         return self.groups.get(self.axes.inputs[-1]) if self.axes.inputs else None
@@ -82,13 +77,12 @@ class Found:
     @property
     def pattern(self) -> str:
         """In words: all that holds, without what follows from another that does."""
-        if self.kept == self.size:
-            return "dense"
-        if not self.kept:
-            return "all zero"
+        if self.kept in (0, self.size):
+            return "all zero" if self.kept < self.size else "dense"
         if self.channels:
             return "whole channels"
-        ways = {axes[-1]: way for axes, way in self._ways if axes}
+        inputs, outputs = self.axes.inputs, self.axes.outputs
+        ways = {axes[-1]: way for axes, way in ((inputs, "inputs"), (outputs, "outputs")) if axes}
         found = [
             f"{n}:{m} along {ways.get(axis, f'axis {axis}')}"
             for axis, (n, m) in sorted(self.groups.items(), key=lambda item: item[0] not in ways)
@@ -96,25 +90,15 @@ class Found:
         if self.block:
             found.append(f"blocks {'x'.join(map(str, self.block))}")
         # N:M along the inputs gives every output as many
-        if self.fan_in and not self.groups.keys() & set(self.axes.inputs):
-            found.append(f"constant fan-in {_range(self.fan_in)}")
-        if self.fan_out and not self.groups.keys() & set(self.axes.outputs):
-            found.append(f"constant fan-out {_range(self.fan_out)}")
-        if not found:
-            holds = (self.at_most_2_4_inputs, self.at_most_2_4_outputs)
-            held = [way for (_, way), at_most in zip(self._ways, holds, strict=True) if at_most]
-            at_most = f", at most 2:4 along {' and '.join(held)}" if held else ""
-            return f"unstructured{at_most}"
-        return "; ".join(found)
-
-    @property
-    def _ways(self) -> tuple[tuple[Sequence[int], str], ...]:
-        return (self.axes.inputs, "inputs"), (self.axes.outputs, "outputs")
-
-
-def _range(numbers: tuple[int, int]) -> str:
-    low, high = numbers
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        for way, fan, axes in (("in", self.fan_in, inputs), ("out", self.fan_out, outputs)):
+            if fan and not self.groups.keys() & set(axes):
+                numbers = dict.fromkeys(f"{n:,}" for n in fan)
+                found.append(f"constant fan-{way} {' to '.join(numbers)}")
+        if found:
+            return "; ".join(found)
+        at_most = {"inputs": self.at_most_2_4_inputs, "outputs": self.at_most_2_4_outputs}
+        held = " and ".join(way for way, holds in at_most.items() if holds)
+        return f"unstructured, at most 2:4 along {held}" if held else "unstructured"
 
 
 class PatternFinder:
@@ -141,8 +125,9 @@ class PatternFinder:
 
             self._expected = patterns.from_text(expected)
         self._follows = True if self._expected else None
-        self._slices = self._size = self._kept = self._rows = self._columns = 0
-        self._dead_rows = self._dead_columns = 0
+        self._slices = 0
+        counted = ("size", "kept", "rows", "columns", "dead_rows", "dead_columns")
+        self._counts = Counter(dict.fromkeys(counted, 0))
         self._channels = True
         self._at_most = {"inputs": True, "outputs": True}
         self._fans: dict[str, list[int] | None] = {"inputs": [], "outputs": []}
@@ -151,19 +136,21 @@ class PatternFinder:
         """Takes a slice; all are of one shape."""
         if not bits.size:
             return
-        rows, columns = _counts(bits)
+        rows, columns = _kept_of_lines(bits)
+        live_rows, live_columns = int(np.count_nonzero(rows)), int(np.count_nonzero(columns))
         kept = int(rows.sum())
-        live_rows, live_columns = np.count_nonzero(rows), np.count_nonzero(columns)
         self._slices += 1
-        self._size += bits.size
-        self._kept += kept
-        self._rows += bits.rows
-        self._columns += bits.columns
-        self._dead_rows += bits.rows - int(live_rows)
-        self._dead_columns += bits.columns - int(live_columns)
+        self._counts.update(
+            size=bits.size,
+            kept=kept,
+            rows=bits.rows,
+            columns=bits.columns,
+            dead_rows=bits.rows - live_rows,
+            dead_columns=bits.columns - live_columns,
+        )
         # of one row, every zero is a dead column
         is_matrix = bits.rows > 1 and bits.columns > 1
-        self._channels &= is_matrix and kept == int(live_rows) * int(live_columns)
+        self._channels &= is_matrix and kept == live_rows * live_columns
         for way, counts, length, inner in (
             ("inputs", columns, bits.rows, bits.columns),
             ("outputs", rows, bits.columns, 1),
@@ -187,49 +174,42 @@ class PatternFinder:
 
     def result(self) -> Found:
         """What holds in all slices so far."""
-        facts = {
-            "size": self._size,
-            "kept": self._kept,
-            "rows": self._rows,
-            "columns": self._columns,
-            "dead_rows": self._dead_rows,
-            "dead_columns": self._dead_columns,
-            "axes": self._axes,
-            "follows": self._follows,
-        }
-        if self._kept in (0, self._size):
+        counts = self._counts
+        facts = {**counts, "axes": self._axes, "follows": self._follows}
+        if counts["kept"] in (0, counts["size"]):
             return Found(**facts)
-        rows, columns = self._rows // self._slices, self._columns // self._slices
+        rows, columns = counts["rows"] // self._slices, counts["columns"] // self._slices
+        lengths = dict.fromkeys(self._axes.inputs, rows) | dict.fromkeys(
+            self._axes.outputs, columns
+        )
         block = tuple(self._structure.runs.values())
         has_blocks = math.prod(block) > 1 and min(rows, columns) > 1 and not self._channels
         return Found(
             **facts,
             channels=self._channels,
-            groups={g.axis: (g.n, g.m) for g in self._structure.groups if self._has_several(g)},
+            # a single group is a constant fan-in or fan-out
+            groups={
+                g.axis: (g.n, g.m) for g in self._structure.groups if 2 * g.m <= lengths[g.axis]
+            },
             block=block if has_blocks else None,
-            fan_in=self._fan("inputs", rows, columns),
-            fan_out=self._fan("outputs", columns, rows),
+            fan_in=_fan(self._fans["inputs"], rows, columns),
+            fan_out=_fan(self._fans["outputs"], columns, rows),
             at_most_2_4_inputs=self._at_most["inputs"],
             at_most_2_4_outputs=self._at_most["outputs"],
         )
 
-    def _has_several(self, groups: Groups) -> bool:
-        """Whether there are several groups; a single one is a constant fan-in or fan-out."""
-        is_input = groups.axis in self._axes.inputs
-        length = (self._rows if is_input else self._columns) // self._slices
-        return 2 * groups.m <= length
 
-    def _fan(self, way: str, most: int, neurons: int) -> tuple[int, int] | None:
-        fans = self._fans[way]
-        if not fans or neurons < 2 or min(fans) == most:
-            return None
-        return min(fans), max(fans)
+def _fan(fans: Sequence[int] | None, most: int, neurons: int) -> tuple[int, int] | None:
+    if not fans or neurons < 2 or min(fans) == most:
+        return None
+    return min(fans), max(fans)
 
 
-def _counts(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:
+def _kept_of_lines(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:
     """Weights kept of every row, and of every column."""
     rows, columns = [np.zeros(0, np.int64)], np.zeros(bits.columns, np.int64)
-    for band in bits.bands():
+    for span in bits.spans():
+        band = bits.band(*span)
         rows.append(np.count_nonzero(band, axis=1))
         columns += np.count_nonzero(band, axis=0)
     return np.concatenate(rows), columns

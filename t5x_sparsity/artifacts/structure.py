@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from t5x_sparsity.artifacts.kept_bits import KeptBits
+from t5x_sparsity.artifacts.encodings import NM
 from t5x_sparsity.core.groups import group_counts
 
 # N:M is looked for with m up to this.
@@ -20,16 +19,71 @@ MAX_GROUP = 32
 # The m with which groups that keep fewer than n are looked for, where those may be filled up.
 FILLED_GROUPS = (2, 4, 8, 16, 32)
 
-
+# Weights looked at together; most patterns fail on the first.
+_BAND = 1 << 18
 _FEW = 1 << 12
 
 
-class Groups(NamedTuple):
-    """n weights kept of every m consecutive ones along an axis, 0 < n < m."""
+class KeptBits:
+    """Which weights of a slice are kept, one bit each.
 
-    axis: int
-    n: int
-    m: int
+    Attributes:
+      shape: of the slice, axes of the inputs before those of the outputs.
+      rows: inputs of the matrix.
+      columns: outputs of the matrix.
+      size: weights of the slice.
+    """
+
+    def __init__(self, shape: Sequence[int], output_axes: int = 1):
+        """All pruned; the last `output_axes` axes are the outputs."""
+        self.shape = tuple(shape)
+        first = len(self.shape) - output_axes
+        self.rows, self.columns = math.prod(self.shape[:first]), math.prod(self.shape[first:])
+        self.size = self.rows * self.columns
+        self._bits = np.zeros((*self.shape[:-1], -(-self.shape[-1] // 8)), np.uint8)
+
+    def add(self, kept: np.ndarray, index: Sequence[slice] = ()) -> None:
+        """Marks weights as kept.
+
+        Args:
+          kept: bool, True where the weight is kept; a part of the slice, with all its axes.
+          index: where the part is, one slice with start and stop per axis; () for the whole slice.
+        """
+        at = list(index) or [slice(0, n) for n in self.shape]
+        start, first = divmod(at[-1].start, 8)
+        if first:
+            kept = np.pad(kept, [*[(0, 0)] * (kept.ndim - 1), (first, 0)])
+        packed = np.packbits(kept, axis=-1)
+        at[-1] = slice(start, start + packed.shape[-1])
+        self._bits[tuple(at)] |= packed
+
+    def band(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of the matrix: bool [rows, columns]."""
+        packed = self._bits.reshape(self.rows, -1, self._bits.shape[-1])[start:stop]
+        bits = np.unpackbits(packed, axis=-1, count=self.shape[-1])
+        return bits.reshape(len(packed), self.columns).view(bool)
+
+    def mask(self) -> np.ndarray:
+        """The slice: bool, in its shape."""
+        return self.band(0, self.rows).reshape(self.shape)
+
+    def spans(self, first: int = 0, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """Start and stop of bands from row `first` on, of a multiple of so many rows but the last.
+
+        A band is what is looked at together.
+        """
+        step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
+        for start in range(first, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+
+def slices_of(kept: np.ndarray, stack_axes: Sequence[int] = ()) -> Iterator[KeptBits]:
+    """The slices of a weight, from a bool array of its shape that is True where it is kept."""
+    stacked = np.moveaxis(kept, stack_axes, range(len(stack_axes)))
+    for at in np.ndindex(*stacked.shape[: len(stack_axes)]):
+        bits = KeptBits(stacked[at].shape)
+        bits.add(stacked[at])
+        yield bits
 
 
 class StructureFinder:
@@ -62,25 +116,25 @@ class StructureFinder:
                 self._steps[axis] = _step(bits, length, inner, self._steps[axis])
 
     @property
-    def groups(self) -> list[Groups]:
+    def groups(self) -> list[NM]:
         """N:M that holds exactly, of the smallest m, for each axis that has one.
 
         m may be the whole axis.
         """
-        found: dict[int, Groups] = {}
+        found: dict[int, NM] = {}
         for axis, exact in self._exact.items():
             for m, n in sorted(exact.items()):
                 if 0 < n < m:
-                    found.setdefault(axis, Groups(axis, n, m))
+                    found.setdefault(axis, NM(n=n, m=m, axis=axis))
         return list(found.values())
 
     @property
-    def filled_groups(self) -> list[Groups]:
+    def filled_groups(self) -> list[NM]:
         """N:M of which some groups keep fewer than n; [] if not looked for."""
         # longer groups than exact ones say no more
         limits = {g.axis: g.m for g in self.groups}
         return [
-            Groups(axis, n, m)
+            NM(n=n, m=m, axis=axis)
             for axis, most in self._most.items()
             for m, n in most.items()
             if 0 < n and m < limits.get(axis, math.inf)
@@ -93,15 +147,11 @@ class StructureFinder:
         return {axis: self._steps[axis] or length for axis, length in lengths}
 
 
-def most_kept(bits: KeptBits, m: int, inner: int, enough: int) -> int:
-    """The most weights kept of a group, or the first number found of at least `enough`.
+# In what follows, neighbors along the axis that is looked at are `inner` weights apart.
 
-    Args:
-      bits: a slice.
-      m: weights of a group.
-      inner: weights between neighbors of a group.
-      enough: where to stop.
-    """
+
+def most_kept(bits: KeptBits, m: int, inner: int, enough: int) -> int:
+    """The most weights kept of a group of m, or the first number found of at least `enough`."""
     most = 0
     for counts in _grouped(bits, m, inner):
         most = max(most, int(counts.max(initial=0)))
@@ -111,10 +161,10 @@ def most_kept(bits: KeptBits, m: int, inner: int, enough: int) -> int:
 
 
 def _grouped(bits: KeptBits, m: int, inner: int) -> Iterator[np.ndarray]:
-    """Weights kept of groups of m, `inner` weights apart, a band of them at a time."""
+    """Weights kept of groups of m, a band of them at a time."""
     multiple = m * inner // math.gcd(m * inner, bits.columns)
-    for band in bits.bands(multiple):
-        yield group_counts(band.reshape(-1, m, inner), 1, m)
+    for start, stop in bits.spans(0, multiple):
+        yield group_counts(bits.band(start, stop).reshape(-1, m, inner), 1, m)
 
 
 def _kept_of_each(bits: KeptBits, m: int, inner: int) -> int | None:
@@ -156,13 +206,9 @@ def _most_kept(
 
 
 def _step(bits: KeptBits, length: int, inner: int, step: int) -> int:
-    """The largest n so that aligned runs of n along an axis are alike; 0 where all of it is.
+    """The largest n so that aligned runs of n are alike, and `step`, of other slices, a multiple.
 
-    Args:
-      bits: a slice.
-      length: of the axis.
-      inner: weights between neighbors along the axis.
-      step: of other slices, which is to be a multiple of it.
+    0 where the whole axis is alike.
     """
     for start, differs in _differences(bits, inner):
         # most often, the first few tell that there are no such runs
@@ -175,20 +221,17 @@ def _step(bits: KeptBits, length: int, inner: int, step: int) -> int:
 
 
 def _differences(bits: KeptBits, inner: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Whether each weight differs from the one `inner` before it, a band of them at a time.
+    """Whether each weight differs from its neighbor before it, a band of them at a time.
 
-    Yields the flat place of the band's first weight, and bool [weights]. The first `inner` weights
-    have none before them, and may be left out.
+    Yields the flat place of the band's first weight, and bool [weights]. Weights that have no
+    neighbor before them count as alike, or are left out.
     """
-    if inner % bits.columns:  # neighbors lie in one row
-        for start in range(0, bits.rows, bits.band_rows()):
-            band = bits.band(start, min(start + bits.band_rows(), bits.rows))
+    gap, within_row = divmod(inner, bits.columns)
+    for start, stop in bits.spans(gap):
+        band = bits.band(start, stop)
+        if within_row:
             before = np.roll(band, inner, axis=1)
             before[:, :inner] = band[:, :inner]
-            yield start * bits.columns, (band ^ before).ravel()
-        return
-    gap = inner // bits.columns
-    for start in range(gap, bits.rows, bits.band_rows()):
-        stop = min(start + bits.band_rows(), bits.rows)
-        differs = bits.band(start, stop) ^ bits.band(start - gap, stop - gap)
-        yield start * bits.columns, differs.ravel()
+        else:
+            before = bits.band(start - gap, stop - gap)
+        yield start * bits.columns, (band ^ before).ravel()

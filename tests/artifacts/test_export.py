@@ -269,7 +269,7 @@ def test_without_masks_zeros_are_found(tmp_path, model):
     assert kinds["nm"] == NM(n=2, m=4, axis=0) and kinds["channels"] == Blocks(block=(24, 1))
     assert kinds["most"] == CSR()  # as inspect: any zero of a matrix counts
     assert kinds["nearly"] == kinds["norm"] == Dense()  # nothing is smaller; no matrix
-    assert not any(w.has_mask for w in done.weights)
+    assert not any(w.described["mask"] for w in done.weights)
     # the -0.0 of a weight just grown can't be told from a pruned one's
     assert {w.path: w.note for w in done.weights if w.note} == {
         "decoder/csr/kernel": "1 of its pruned zeros are -0.0; their sign isn't kept"
@@ -303,7 +303,7 @@ def test_a_weight_pruned_by_multiplication(tmp_path, dtype, has_mask):
     (done,) = export(many, path, format="compressed").weights
     if dtype != ml_dtypes.float8_e5m2:
         assert done.encoding == CSR() and done.exported_bytes < 0.5 * x.nbytes
-    assert done.kept == kept.sum() and done.has_mask == has_mask
+    assert done.described["kept"] == kept.sum() and done.described["mask"] == has_mask
     assert done.note == f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
     np.testing.assert_array_equal(load_export(path)["a"], x)
     bcoo = load_export(path, "bcoo")["a"]
@@ -312,7 +312,11 @@ def test_a_weight_pruned_by_multiplication(tmp_path, dtype, has_mask):
     )
     # a dense file has the checkpoint's bits
     (done,) = export(many, path, overwrite=True).weights
-    assert same_bits(load_export(path)["a"], x) and done.kept == kept.sum() and not done.note
+    assert (
+        same_bits(load_export(path)["a"], x)
+        and done.described["kept"] == kept.sum()
+        and not done.note
+    )
     assert load_export(path, "bcoo")["a"].nse == kept.sum()
 
 
