@@ -40,42 +40,6 @@ class ExportError(ValueError):
     """What was asked for can't be exported."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportedWeight:
-    """What became of a weight.
-
-    Attributes:
-      path: of the weight.
-      described: what the file says of it, see docs/export.md.
-      encoding: how it is stored.
-      size: weights in all.
-      dense_bytes: of all values in the file's dtype.
-      exported_bytes: of its tensors in the file.
-      bound_bytes: what an exact code of this pattern can't go below, see `Encoding.bound_bytes`.
-      note: what a reader should know, '' for nothing.
-    """
-
-    path: str
-    described: Mapping[str, Any]
-    encoding: Encoding
-    size: int
-    dense_bytes: int
-    exported_bytes: int
-    bound_bytes: int
-    note: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What was written: to which path, in which format, the step and weights of the checkpoint."""
-
-    path: str
-    format: str
-    step: int | None
-    weights: Sequence[ExportedWeight]
-    file_bytes: int
-
-
 def export(
     checkpoint: Checkpoint,
     out: str | os.PathLike,
@@ -86,7 +50,7 @@ def export(
     smallest: bool = False,
     overwrite: bool = False,
     on_weight: Callable[[str], None] = lambda path: None,
-) -> Exported:
+) -> dict[str, Any]:
     """Writes a checkpoint's weights, those under target/, to a safetensors file.
 
     Args:
@@ -99,6 +63,9 @@ def export(
       overwrite: whether a file of that name is replaced.
       on_weight: called with each path before it is read.
 
+    Returns:
+      What was written, as `t5x-sparsity export --json` prints it.
+
     Raises:
       ExportError: an argument is out of range, no weight is included, or a value doesn't fit the
         dtype.
@@ -109,33 +76,50 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     paths = _included(list(checkpoint.weights), include)
-    weights = []
+    described, weights = {}, []
     with Writer(out, overwrite=overwrite) as writer:
         for path in paths:
             on_weight(path)
             saved = checkpoint.weights[path]
             x = _converted(saved.array.read(), dtype, path)
-            weight, arrays = _exported(saved, x, format, smallest)
+            arrays, described[path], printed = _encoded(saved, x, format, smallest)
+            weights.append({"path": path, **described[path], **printed})
             for name, array in arrays.items():
-                own = path if isinstance(weight.encoding, Dense) else f"{path}.{name}"
-                writer.add(own, array)
-            weights.append(weight)
+                is_dense = described[path]["encoding"] == Dense.name
+                writer.add(path if is_dense else f"{path}.{name}", array)
         file_bytes = writer.finish(
             {
                 "format": _FORMAT + format,
                 "version": str(_VERSION),
                 "producer": f"t5x_sparsity {__version__}",
-                "step": "" if checkpoint.step is None else str(checkpoint.step),
-                "weights": json.dumps({w.path: w.described for w in weights}),
+                "step": str(checkpoint.step),
+                "weights": json.dumps(described),
             }
         )
-    return Exported(
-        path=os.fspath(out),
-        format=format,
-        step=checkpoint.step,
-        weights=weights,
-        file_bytes=file_bytes,
-    )
+    return {
+        "path": os.fspath(out),
+        "format": format,
+        "checkpoint": checkpoint.path,
+        "step": checkpoint.step,
+        "passed_over": list(checkpoint.skipped),
+        "has_masks": bool(checkpoint.masked),
+        "file_bytes": file_bytes,
+        "totals": totals(weights),
+        "weights": weights,
+    }
+
+
+def totals(weights: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of several weights together."""
+    size, kept = sum(w["size"] for w in weights), sum(w["kept"] for w in weights)
+    return {
+        "weights": size,
+        "kept": kept,
+        "sparsity": sparsity(kept, size),
+        "dense_bytes": sum(w["dense_bytes"] for w in weights),
+        "exported_bytes": sum(w["exported_bytes"] for w in weights),
+        "bound_bytes": sum(w["bound_bytes"] for w in weights),
+    }
 
 
 def _included(paths: list[str], include: str | None) -> list[str]:
@@ -166,9 +150,10 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
     return y
 
 
-def _exported(
+def _encoded(
     saved: SavedWeight, x: np.ndarray, format: str, smallest: bool
-) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
+) -> tuple[Mapping[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """(arrays, what the file says of the weight, what is printed of it besides)."""
     record, notes = saved.record, []
     kept, has_mask = saved.kept(x), saved.mask is not None
     # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
@@ -194,28 +179,26 @@ def _exported(
     elif signed := np.count_nonzero((_bits(x) != 0) & ~kept):
         notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
     arrays = encoding.encode(x, kept)
-    weight = ExportedWeight(
-        path=saved.path,
-        described={
-            "shape": list(x.shape),
-            "dtype": x.dtype.name,
-            "encoding": encoding.name,
-            **dataclasses.asdict(encoding),
-            "kept": count,
-            "sparsity": sparsity(count, x.size),
-            "mask": has_mask,
-            "pattern": record.pattern or "",
-            "algorithm": record.algorithm or "",
-            "stack_axes": list(record.stack_axes or ()),
-        },
-        encoding=encoding,
-        size=x.size,
-        dense_bytes=x.nbytes,
-        exported_bytes=sum(a.nbytes for a in arrays.values()),
-        bound_bytes=encoding.bound_bytes(x.shape, count, x.itemsize),
-        note="; ".join(notes),
-    )
-    return weight, arrays
+    described = {
+        "shape": list(x.shape),
+        "dtype": x.dtype.name,
+        "encoding": encoding.name,
+        **dataclasses.asdict(encoding),
+        "kept": count,
+        "sparsity": sparsity(count, x.size),
+        "mask": has_mask,
+        "pattern": record.pattern or "",
+        "algorithm": record.algorithm or "",
+        "stack_axes": list(record.stack_axes or ()),
+    }
+    printed = {
+        "size": x.size,
+        "dense_bytes": x.nbytes,
+        "exported_bytes": sum(a.nbytes for a in arrays.values()),
+        "bound_bytes": encoding.bound_bytes(x.shape, count, x.itemsize),
+        "note": "; ".join(notes),
+    }
+    return arrays, described, printed
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

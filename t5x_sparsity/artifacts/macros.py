@@ -1,4 +1,4 @@
-"""The macros of the package's gin files, read from those files themselves."""
+"""Gin text without the objects that its names refer to; the macros of the package's own files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 import functools
 import importlib.resources
 import pathlib
-from collections.abc import Iterator, Mapping
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gin import config_parser
-
-from t5x_sparsity.artifacts.gin_values import AsWritten, is_macro
 
 # The macros of T5X and of run files that say most about a run, next to those of sparsity.
 OF_A_RUN = (
@@ -55,13 +54,13 @@ def sparsity_macros() -> Mapping[str, Macro]:
     comments: dict[str, str] = {}
     defaults: dict[str, dict[str, Any]] = {}
     for file in sorted(p.name for p in _folder().iterdir() if p.name.endswith(".gin")):
-        reads = _Reads()
+        delegate = AsWritten()
         bound = {}
-        for name, value, comment in _bound(f"sparsity/{file}", reads):
+        for name, value, comment in _bound(f"sparsity/{file}", delegate):
             bound[name] = value
             comments.setdefault(name, comment)
         for name, value in bound.items():
-            if name in reads.macros:
+            if name in delegate.macros_read:
                 defaults.setdefault(name, {})[file.removesuffix(".gin")] = value
     return {name: Macro(name, comments[name], of) for name, of in defaults.items()}
 
@@ -71,15 +70,75 @@ def shown_macros() -> tuple[str, ...]:
     return (*sparsity_macros(), *OF_A_RUN)
 
 
-class _Reads(AsWritten):
-    """Notes which macros are read."""
+def macros_in(text: str) -> dict[str, str]:
+    """The macros that gin text binds, each with its value as gin writes it.
+
+    What isn't gin is skipped.
+    """
+    pieces: list[str] = []
+    for line in text.splitlines(keepends=True):
+        # gin indents all lines of a statement but the first; each statement is parsed alone
+        if not line[0].isspace() or not pieces:
+            pieces.append("")
+        pieces[-1] += line
+    found = {}
+    for piece in pieces:
+        try:
+            for statement in config_parser.ConfigParser(piece, AsWritten()):
+                if _is_macro(statement):
+                    found[statement.selector] = repr(statement.value)
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            continue
+    return found
+
+
+def check_bindings(bindings: Sequence[str]) -> None:
+    """Checks that the value of each `NAME = VALUE` is one of gin.
+
+    Raises:
+      ValueError: it isn't; gin itself would say neither which nor why.
+    """
+    for binding in bindings:
+        name, equals, value = binding.partition("=")
+        name, value = name.strip(), value.strip()
+        if not equals or "\n" in binding:
+            continue
+        try:
+            config_parser.ConfigParser(value, AsWritten()).parse_value()
+        except (SyntaxError, ValueError) as e:
+            raise ValueError(
+                f"{name} = {value} has no value that gin can read; a text needs quotes of its own, "
+                f"as in --gin.{name}=\"'text'\""
+            ) from e
+
+
+class AsWritten(config_parser.ParserDelegate):
+    """Takes every name as known; references stay as they are in the text."""
 
     def __init__(self):
-        self.macros: set[str] = set()
+        self.macros_read: set[str] = set()
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return _Verbatim(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
 
     def macro(self, macro_name):
-        self.macros.add(macro_name)
-        return super().macro(macro_name)
+        self.macros_read.add(macro_name)
+        return _Verbatim(f"%{macro_name}")
+
+
+class _Verbatim(str):
+    """A reference, which needs no quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return str(self)
+
+
+def _is_macro(statement: Any) -> bool:
+    """Whether one of gin's statements binds a macro."""
+    is_binding = isinstance(statement, config_parser.BindingStatement)
+    return is_binding and not statement.scope and not statement.arg_name
 
 
 def _folder():
@@ -89,14 +148,14 @@ def _folder():
         return pathlib.Path(__file__).parents[2] / "gin" / "sparsity"
 
 
-def _bound(include: str, reads: _Reads) -> Iterator[tuple[str, Any, str]]:
+def _bound(include: str, delegate: AsWritten) -> Iterator[tuple[str, Any, str]]:
     """Name, value and comment of each macro that a file binds, its includes' in their place."""
     text = _folder().joinpath(*include.split("/")[1:]).read_text(encoding="utf-8")
     lines = text.splitlines()
-    for statement in config_parser.ConfigParser(text, reads):
+    for statement in config_parser.ConfigParser(text, delegate):
         if isinstance(statement, config_parser.IncludeStatement):
-            yield from _bound(statement.filename, reads)
-        elif is_macro(statement):
+            yield from _bound(statement.filename, delegate)
+        elif _is_macro(statement):
             yield statement.selector, statement.value, _above(lines, statement.location.line_num)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from t5x_sparsity.artifacts.checkpoint import Checkpoint, open_checkpoint, sparsity
-from t5x_sparsity.artifacts.export import Exported, export
+from t5x_sparsity.artifacts.checkpoint import open_checkpoint
+from t5x_sparsity.artifacts.export import export, totals
 from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.export.options import ExportOptions
 from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
@@ -37,7 +36,7 @@ def run(options: ExportOptions) -> int:
     try:
         checkpoint = open_checkpoint(options.checkpoint)
         with status("reading") as say:
-            exported = export(
+            facts = export(
                 checkpoint,
                 options.out,
                 format=options.format,
@@ -55,48 +54,8 @@ def run(options: ExportOptions) -> int:
         raise CommandError(str(e)) from e
     except OSError as e:
         raise CommandError(f"{options.out} can't be written: {e}") from e
-    facts = _facts(exported, checkpoint)
     print(json.dumps(facts, indent=1) if options.json else _as_text(facts))
     return 0
-
-
-def _facts(exported: Exported, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was written, for JSON."""
-    weights = [
-        {
-            "path": w.path,
-            **w.described,
-            "size": w.size,
-            "dense_bytes": w.dense_bytes,
-            "exported_bytes": w.exported_bytes,
-            "bound_bytes": w.bound_bytes,
-            "note": w.note,
-        }
-        for w in exported.weights
-    ]
-    return {
-        "path": exported.path,
-        "format": exported.format,
-        "checkpoint": checkpoint.path,
-        "step": exported.step,
-        "passed_over": list(checkpoint.skipped),
-        "has_masks": bool(checkpoint.masked),
-        "file_bytes": exported.file_bytes,
-        "totals": _totals(weights),
-        "weights": weights,
-    }
-
-
-def _totals(weights: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    size, kept = sum(w["size"] for w in weights), sum(w["kept"] for w in weights)
-    return {
-        "weights": size,
-        "kept": kept,
-        "sparsity": sparsity(kept, size),
-        "dense_bytes": sum(w["dense_bytes"] for w in weights),
-        "exported_bytes": sum(w["exported_bytes"] for w in weights),
-        "bound_bytes": sum(w["bound_bytes"] for w in weights),
-    }
 
 
 def _as_text(facts: dict[str, Any]) -> str:
@@ -108,7 +67,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     ]
     if dense:
         name = count(len(dense), "dense weight")
-        rows.append({**_totals(dense), "path": name, "sparsity": None})
+        rows.append({**totals(dense), "path": name, "sparsity": None})
     rows.append({**facts["totals"], "path": "total"})
     for row in rows:
         size = row["dense_bytes"]

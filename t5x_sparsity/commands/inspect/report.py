@@ -7,8 +7,7 @@ from typing import Any
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, sparsity
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
-from t5x_sparsity.artifacts.gin_values import macros_in
-from t5x_sparsity.artifacts.macros import shown_macros
+from t5x_sparsity.artifacts.macros import macros_in, shown_macros
 from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.commands import one_line
 from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
