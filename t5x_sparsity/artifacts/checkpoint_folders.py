@@ -37,19 +37,12 @@ def _is_tensorflow(folder: epath.Path) -> bool:
 
 
 class Place(NamedTuple):
-    """Where a checkpoint is.
-
-    Attributes:
-      folder: its own.
-      layout: 'orbax' or 't5x'.
-      step: by the folder's name, None where that is not checkpoint_<step>.
-      skipped: names of newer folders next to it that hold no complete checkpoint.
-    """
+    """Where a checkpoint is."""
 
     folder: epath.Path
-    layout: str
-    step: int | None
-    skipped: tuple[str, ...]
+    layout: str  # 'orbax' or 't5x'
+    step: int | None  # by the folder's name, None where that is not checkpoint_<step>
+    skipped: tuple[str, ...]  # newer folders next to it that hold no complete checkpoint
 
 
 def find_checkpoint(path: str) -> Place:
@@ -70,8 +63,16 @@ def find_checkpoint(path: str) -> Place:
             f"{path!a} can't be read: it is not UTF-8, as tensorstore needs paths to be; rename it"
         ) from e
     folder, skipped = epath.Path(path), ()
+    if epath.Path(f"{folder}.index").exists() and not folder.is_dir():
+        raise CheckpointError(_tensorflow(folder))
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder} doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR"
+        )
     if not folder.is_dir():
-        raise CheckpointError(_no_folder(folder))
+        raise CheckpointError(
+            f"{folder} is a file; give a folder checkpoint_<step>, or the MODEL_DIR above it"
+        )
     if _TEMPORARY.match(folder.name):
         raise CheckpointError(
             f"{folder} is half-written: its name is that of a save that was under way or was "
@@ -90,14 +91,6 @@ def find_checkpoint(path: str) -> Place:
         )
     named = _NAME.fullmatch(folder.name)
     return Place(folder, layout, int(named[1]) if named else None, skipped)
-
-
-def _no_folder(path: epath.Path) -> str:
-    if epath.Path(f"{path}.index").exists():
-        return _tensorflow(path)
-    if not path.exists():
-        return f"{path} doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR"
-    return f"{path} is a file; give a folder checkpoint_<step>, or the MODEL_DIR above it"
 
 
 def _tensorflow(path: epath.Path) -> str:

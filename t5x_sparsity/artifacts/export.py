@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from t5x_sparsity import __version__
@@ -25,11 +24,7 @@ from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 
 FORMATS = ("dense", "compressed")
 # what --dtype takes
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("arrays", "bcoo", "masks")
 
 _FORMAT = "t5x_sparsity."
@@ -141,7 +136,7 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     with np.errstate(all="ignore"):
-        y = x.astype(DTYPES[dtype])
+        y = x.astype(jnp.dtype(dtype))
     if not np.array_equal(np.isfinite(x), np.isfinite(y)):
         raise ExportError(
             f"{path} has values that {dtype} can't hold: its largest magnitude is "
@@ -176,8 +171,10 @@ def _encoded(
         if format == "compressed" and has_mask and count < x.size:
             notes.append("stays dense, as no encoding is smaller; its mask isn't exported")
         has_mask = has_mask and count == x.size
-    elif signed := np.count_nonzero((_bits(x) != 0) & ~kept):
-        notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
+    else:
+        bits = np.ascontiguousarray(x).reshape(x.shape).view(f"u{x.itemsize}")
+        if signed := np.count_nonzero((bits != 0) & ~kept):
+            notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
     arrays = encoding.encode(x, kept)
     described = {
         "shape": list(x.shape),
@@ -201,11 +198,6 @@ def _encoded(
     return arrays, described, printed
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
-    """x as unsigned integers, so that -0 is told from +0."""
-    return np.ascontiguousarray(x).reshape(x.shape).view(f"u{x.itemsize}")
-
-
 def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = False) -> dict:
     """Reads a file of `t5x-sparsity export`, dense or compressed.
 
@@ -214,8 +206,8 @@ def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = Fa
       as_: 'arrays': NumPy arrays, in bits what was exported, but that pruned zeros of a compressed
         weight have no sign, ready for `model.apply({'params': ...})`. 'bcoo': a
         `jax.experimental.sparse.BCOO` of the weight's shape for each sparse weight, a NumPy array
-        for each other. Of a compressed file, that is each weight that isn't stored dense, and what
-        a mask keeps is stored even where it is 0. JAX makes 64-bit values 32-bit ones, unless told
+        for each other; of a compressed file, what a mask keeps is stored even where it is 0, and
+        what is stored dense is no sparse weight. JAX makes 64-bit values 32-bit ones, unless told
         otherwise. 'masks': bool arrays, True where a weight is kept, of the weights whose mask is
         in the file: those of a compressed one.
       flat: return weights by path rather than nested by its parts.
@@ -238,15 +230,12 @@ def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = Fa
         except (ValueError, IndexError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is damaged: weight {name!r}: {e}") from e
     if as_ == "masks" and not loaded:
-        raise ValueError(
-            f"{path} has no masks: "
-            + (
-                "export with --format compressed to keep them"
-                if form == "dense"
-                else "none of the weights in it had one to keep; export sparse weights of a "
-                "checkpoint with masks"
-            )
-        )
+        remedies = {
+            "dense": "export with --format compressed to keep them",
+            "compressed": "none of the weights in it had one to keep; export sparse weights of a "
+            "checkpoint with masks",
+        }
+        raise ValueError(f"{path} has no masks: {remedies[form]}")
     return loaded if flat else _nested(loaded)
 
 

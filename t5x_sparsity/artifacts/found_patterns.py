@@ -7,98 +7,31 @@ found where it holds exactly in every slice, and where there is something to hol
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t5x_sparsity.artifacts.structure import KeptBits, StructureFinder, most_kept
+from t5x_sparsity.artifacts.structure import KeptBits, StructureFinder, kept_of_groups
 from t5x_sparsity.core.matrix_axes import MatrixAxes
 
 if TYPE_CHECKING:
     from t5x_sparsity.core import patterns
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """What the zeros of a weight look like.
-
-    Attributes:
-      size: weights in all.
-      kept: weights that are kept.
-      rows: inputs, of all slices together.
-      columns: outputs, of all slices together.
-      dead_rows: inputs all of whose weights are pruned.
-      dead_columns: outputs all of whose weights are pruned.
-      axes: how the weight is a stack of matrices.
-      channels: dead rows and columns explain every zero.
-      groups: axis of the weight -> (n, m) of the smallest m so that every aligned group of m along
-        it has exactly n kept, and there are several groups.
-      block: lengths, along the axes of a slice, of the largest aligned blocks that are kept or
-        pruned as a whole; those at the edge may be smaller.
-      fan_in: weights kept of an output that isn't dead, the least and the most of any slice; None
-        where outputs of a slice differ.
-      fan_out: likewise of an input.
-      at_most_2_4_inputs: every aligned group of 4 along the inputs has at most 2 kept.
-      at_most_2_4_outputs: likewise along the outputs.
-      follows: whether the expected pattern holds; None where none was asked for, or it is not known
-        here.
-    """
-
-    size: int
-    kept: int
-    rows: int
-    columns: int
-    dead_rows: int
-    dead_columns: int
-    axes: MatrixAxes
-    channels: bool = False
-    groups: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    block: tuple[int, ...] | None = None
-    fan_in: tuple[int, int] | None = None
-    fan_out: tuple[int, int] | None = None
-    at_most_2_4_inputs: bool = False
-    at_most_2_4_outputs: bool = False
-    follows: bool | None = None
-
-    @property
-    def n_by_m_inputs(self) -> tuple[int, int] | None:
-        """(n, m) along the inputs, of several axes the last."""
-        return self.groups.get(self.axes.inputs[-1]) if self.axes.inputs else None
-
-    @property
-    def n_by_m_outputs(self) -> tuple[int, int] | None:
-        """(n, m) along the outputs, likewise."""
-        return self.groups.get(self.axes.outputs[-1]) if self.axes.outputs else None
-
-    @property
-    def pattern(self) -> str:
-        """In words: all that holds, without what follows from another that does."""
-        if self.kept in (0, self.size):
-            return "all zero" if self.kept < self.size else "dense"
-        if self.channels:
-            return "whole channels"
-        inputs, outputs = self.axes.inputs, self.axes.outputs
-        ways = {axes[-1]: way for axes, way in ((inputs, "inputs"), (outputs, "outputs")) if axes}
-        found = [
-            f"{n}:{m} along {ways.get(axis, f'axis {axis}')}"
-            for axis, (n, m) in sorted(self.groups.items(), key=lambda item: item[0] not in ways)
-        ]
-        if self.block:
-            found.append(f"blocks {'x'.join(map(str, self.block))}")
-        # N:M along the inputs gives every output as many
-        for way, fan, axes in (("in", self.fan_in, inputs), ("out", self.fan_out, outputs)):
-            if fan and not self.groups.keys() & set(axes):
-                numbers = dict.fromkeys(f"{n:,}" for n in fan)
-                found.append(f"constant fan-{way} {' to '.join(numbers)}")
-        if found:
-            return "; ".join(found)
-        at_most = {"inputs": self.at_most_2_4_inputs, "outputs": self.at_most_2_4_outputs}
-        held = " and ".join(way for way, holds in at_most.items() if holds)
-        return f"unstructured, at most 2:4 along {held}" if held else "unstructured"
+# What is found where there is nothing to hold, and the names of all that may be found.
+NOTHING = {
+    "channels": False,
+    "n_by_m_inputs": None,
+    "n_by_m_outputs": None,
+    "block": None,
+    "fan_in": None,
+    "fan_out": None,
+    "at_most_2_4_inputs": False,
+    "at_most_2_4_outputs": False,
+}
 
 
 class PatternFinder:
@@ -157,7 +90,9 @@ class PatternFinder:
         ):
             self._add_fan(way, counts)
             if self._at_most[way]:
-                self._at_most[way] = length % 4 == 0 and most_kept(bits, 4, inner, 3) <= 2
+                self._at_most[way] = length % 4 == 0 and (
+                    kept_of_groups(bits, 4, inner, limit=2)[1] <= 2
+                )
         self._structure.add(bits)
         if self._expected and self._follows:
             try:
@@ -172,31 +107,62 @@ class PatternFinder:
             return
         self._fans[way] = [*fans, int(live[0])] if (live == live[0]).all() else None
 
-    def result(self) -> Found:
-        """What holds in all slices so far."""
-        counts = self._counts
-        facts = {**counts, "axes": self._axes, "follows": self._follows}
+    def result(self) -> dict[str, Any]:
+        """What holds in all slices so far.
+
+        Returns:
+          size, kept, rows, columns, dead_rows, dead_columns: counts over all slices. pattern: in
+          words, all that holds without what follows from another that does. groups: axis of the
+          weight -> (n, m) of the smallest m so that every aligned group of m along it has exactly n
+          kept, and there are several groups. follows: whether the expected pattern holds; None
+          where none was asked for, or it is not known here. And by the names of `NOTHING`, what
+          docs/inspect.md says of them.
+        """
+        counts, axes = self._counts, self._axes
+        facts = {**counts, **NOTHING, "groups": {}, "follows": self._follows}
         if counts["kept"] in (0, counts["size"]):
-            return Found(**facts)
+            return {**facts, "pattern": "all zero" if counts["kept"] < counts["size"] else "dense"}
         rows, columns = counts["rows"] // self._slices, counts["columns"] // self._slices
-        lengths = dict.fromkeys(self._axes.inputs, rows) | dict.fromkeys(
-            self._axes.outputs, columns
-        )
+        lengths = dict.fromkeys(axes.inputs, rows) | dict.fromkeys(axes.outputs, columns)
+        exact = [g for g in self._structure.groups if 2 * g.m <= lengths[g.axis]]
+        groups = {g.axis: (g.n, g.m) for g in exact}
         block = tuple(self._structure.runs.values())
         has_blocks = math.prod(block) > 1 and min(rows, columns) > 1 and not self._channels
-        return Found(
-            **facts,
-            channels=self._channels,
-            # a single group is a constant fan-in or fan-out
-            groups={
-                g.axis: (g.n, g.m) for g in self._structure.groups if 2 * g.m <= lengths[g.axis]
-            },
-            block=block if has_blocks else None,
-            fan_in=_fan(self._fans["inputs"], rows, columns),
-            fan_out=_fan(self._fans["outputs"], columns, rows),
-            at_most_2_4_inputs=self._at_most["inputs"],
-            at_most_2_4_outputs=self._at_most["outputs"],
-        )
+        facts |= {
+            "channels": self._channels,
+            "groups": groups,
+            # of several axes the last
+            "n_by_m_inputs": groups.get(axes.inputs[-1]) if axes.inputs else None,
+            "n_by_m_outputs": groups.get(axes.outputs[-1]) if axes.outputs else None,
+            "block": block if has_blocks else None,
+            "fan_in": _fan(self._fans["inputs"], rows, columns),
+            "fan_out": _fan(self._fans["outputs"], columns, rows),
+            "at_most_2_4_inputs": self._at_most["inputs"],
+            "at_most_2_4_outputs": self._at_most["outputs"],
+        }
+        return {**facts, "pattern": _pattern(facts, axes)}
+
+
+def _pattern(facts: Mapping[str, Any], axes: MatrixAxes) -> str:
+    if facts["channels"]:
+        return "whole channels"
+    matrix = (("inputs", axes.inputs), ("outputs", axes.outputs))
+    ways = {of_way[-1]: way for way, of_way in matrix if of_way}
+    found = [
+        f"{n}:{m} along {ways.get(axis, f'axis {axis}')}"
+        for axis, (n, m) in sorted(facts["groups"].items(), key=lambda item: item[0] not in ways)
+    ]
+    if facts["block"]:
+        found.append(f"blocks {'x'.join(map(str, facts['block']))}")
+    # N:M along the inputs gives every output as many
+    for fan, of_way in (("fan_in", axes.inputs), ("fan_out", axes.outputs)):
+        if facts[fan] and not facts["groups"].keys() & set(of_way):
+            numbers = dict.fromkeys(f"{n:,}" for n in facts[fan])
+            found.append(f"constant {fan.replace('_', '-')} {' to '.join(numbers)}")
+    if found:
+        return "; ".join(found)
+    held = " and ".join(way for way, _ in matrix if facts[f"at_most_2_4_{way}"])
+    return f"unstructured, at most 2:4 along {held}" if held else "unstructured"
 
 
 def _fan(fans: Sequence[int] | None, most: int, neurons: int) -> tuple[int, int] | None:

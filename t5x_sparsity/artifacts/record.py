@@ -121,10 +121,6 @@ def _is_shape(value: Any, _) -> bool:
     )
 
 
-def _is_share(value: Any, _) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
 def _are_names(value: Any, shape: list) -> bool:
     return value is None or (
         isinstance(value, list)
@@ -145,11 +141,11 @@ def _are_stacked(value: Any, shape: list) -> bool:
 # The shape comes first, as others are checked against it.
 _ALLOWED = (
     ("shape", _is_shape, "a list of whole numbers"),
-    ("sparsity", _is_share, "a number in [0, 1]"),
-    ("kept", lambda value, _: _is_whole(value), "a whole number"),
-    ("pattern", lambda value, _: isinstance(value, str) and _is_text(one_line(value)), "text"),
-    ("algorithm", lambda value, _: _is_text(value), "text of a line"),
-    ("start_step", lambda value, _: _is_whole(value), "a step"),
+    ("sparsity", lambda x, _: type(x) in (int, float) and 0 <= x <= 1, "a number in [0, 1]"),
+    ("kept", lambda x, _: _is_whole(x), "a whole number"),
+    ("pattern", lambda x, _: isinstance(x, str) and _is_text(one_line(x)), "text"),
+    ("algorithm", lambda x, _: _is_text(x), "text of a line"),
+    ("start_step", lambda x, _: _is_whole(x), "a step"),
     ("axes", _are_names, "null or a list of names or nulls, at most one per axis of the shape"),
     ("stack_axes", _are_stacked, "a list of different axes of the shape, which leaves one"),
 )

@@ -98,8 +98,8 @@ class StructureFinder:
         """
         self._axes, self._fill = tuple(axes), fill
         self._shape: tuple[int, ...] = ()
-        # by axis: the groups that are still possible, m -> n; empty before the first slice
-        self._exact: dict[int, dict[int, int]] = {}
+        # by axis: the groups that are still possible, m -> n, None for any; empty before a slice
+        self._exact: dict[int, dict[int, int | None]] = {}
         self._most: dict[int, dict[int, int]] = {}
         # by axis: 0 where no two neighbors have differed yet
         self._steps = dict.fromkeys(axes, 0)
@@ -109,9 +109,19 @@ class StructureFinder:
         self._shape = bits.shape
         for i, axis in enumerate(self._axes):
             length, inner = bits.shape[i], math.prod(bits.shape[i + 1 :])
-            self._exact[axis] = _exact_groups(bits, length, inner, self._exact.get(axis))
-            if self._fill:
-                self._most[axis] = _most_kept(bits, length, inner, self._most.get(axis))
+            if axis not in self._exact:
+                sizes = [m for m in range(2, MAX_GROUP + 1) if length % m == 0]
+                # One group as long as the axis is a constant fan-in or fan-out. Exports have always
+                # stored those of these lengths as groups.
+                exact = [m for m in sizes if m < length or m in FILLED_GROUPS]
+                self._exact[axis] = dict.fromkeys(exact)
+                self._most[axis] = {m: 0 for m in sizes if self._fill and m in FILLED_GROUPS}
+            self._exact[axis] = _exact_groups(bits, inner, self._exact[axis])
+            most = {
+                m: max(n, kept_of_groups(bits, m, inner, limit=m - 1)[1])
+                for m, n in self._most[axis].items()
+            }
+            self._most[axis] = {m: n for m, n in most.items() if n < m}
             if self._steps[axis] != 1:
                 self._steps[axis] = _step(bits, length, inner, self._steps[axis])
 
@@ -123,7 +133,7 @@ class StructureFinder:
         """
         found: dict[int, NM] = {}
         for axis, exact in self._exact.items():
-            for m, n in sorted(exact.items()):
+            for m, n in exact.items():
                 if 0 < n < m:
                     found.setdefault(axis, NM(n=n, m=m, axis=axis))
         return list(found.values())
@@ -150,59 +160,35 @@ class StructureFinder:
 # In what follows, neighbors along the axis that is looked at are `inner` weights apart.
 
 
-def most_kept(bits: KeptBits, m: int, inner: int, enough: int) -> int:
-    """The most weights kept of a group of m, or the first number found of at least `enough`."""
-    most = 0
-    for counts in _grouped(bits, m, inner):
-        most = max(most, int(counts.max(initial=0)))
-        if most >= enough:
+def kept_of_groups(bits: KeptBits, m: int, inner: int, limit: int | None = None) -> tuple[int, int]:
+    """The least and the most weights kept of a group of m.
+
+    Stops early, where the most is above the limit, or without a limit where the two differ.
+    """
+    least, most = m, 0
+    for start, stop in bits.spans(0, m * inner // math.gcd(m * inner, bits.columns)):
+        counts = group_counts(bits.band(start, stop).reshape(-1, m, inner), 1, m)
+        least, most = min(least, int(counts.min())), max(most, int(counts.max()))
+        if least < most if limit is None else most > limit:
             break
-    return most
-
-
-def _grouped(bits: KeptBits, m: int, inner: int) -> Iterator[np.ndarray]:
-    """Weights kept of groups of m, a band of them at a time."""
-    multiple = m * inner // math.gcd(m * inner, bits.columns)
-    for start, stop in bits.spans(0, multiple):
-        yield group_counts(bits.band(start, stop).reshape(-1, m, inner), 1, m)
-
-
-def _kept_of_each(bits: KeptBits, m: int, inner: int) -> int | None:
-    """Weights kept of a group, where all groups keep the same number."""
-    n = None
-    for counts in _grouped(bits, m, inner):
-        first = int(counts.flat[0]) if n is None else n
-        if (counts != first).any():
-            return None
-        n = first
-    return n
+    return least, most
 
 
 def _exact_groups(
-    bits: KeptBits, length: int, inner: int, possible: Mapping[int, int] | None
-) -> dict[int, int]:
-    """Those of the possible m -> n that hold in a slice; None makes all of them possible."""
-    found: dict[int, int] = {}
-    for m in range(2, min(MAX_GROUP, length) + 1) if possible is None else possible:
-        # One group as long as the axis is a constant fan-in or fan-out. Exports have always stored
-        # those of these lengths as groups.
-        if length % m or (length == m and m not in FILLED_GROUPS):
-            continue
+    bits: KeptBits, inner: int, possible: Mapping[int, int | None]
+) -> dict[int, int | None]:
+    """Those of the possible m -> n that hold in a slice."""
+    found: dict[int, int | None] = {}
+    for m, expected in possible.items():
         # what holds of short groups holds of long ones made of them
         shorter = next((s for s in found if m % s == 0), None)
-        n = _kept_of_each(bits, m, inner) if shorter is None else found[shorter] * (m // shorter)
-        if n is not None and (possible is None or possible[m] == n):
+        if shorter is None:
+            n, most = kept_of_groups(bits, m, inner)
+        else:
+            n = most = found[shorter] * (m // shorter)
+        if n == most and expected in (None, n):
             found[m] = n
     return found
-
-
-def _most_kept(
-    bits: KeptBits, length: int, inner: int, before: Mapping[int, int] | None
-) -> dict[int, int]:
-    """m -> the most kept of a group in this slice and those before, where that is less than m."""
-    before = {m: 0 for m in FILLED_GROUPS if length % m == 0} if before is None else before
-    most = {m: max(n, most_kept(bits, m, inner, m)) for m, n in before.items()}
-    return {m: n for m, n in most.items() if n < m}
 
 
 def _step(bits: KeptBits, length: int, inner: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def find(*slices, output_axes=1, expected=None):
         bits = KeptBits(mask.shape, output_axes)
         bits.add(np.asarray(mask, bool))
         finder.add(bits)
-    return finder.result()
+    return SimpleNamespace(**finder.result())
 
 
 def matrix(text):

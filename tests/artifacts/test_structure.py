@@ -1,6 +1,7 @@
 """What inspect names is what export stores: one finder serves both."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def inspected(kept, stack_axes=(), names=None):
         one = KeptBits(bits.shape, len(axes.outputs))
         one.add(bits.mask())
         finder.add(one)
-    return finder.result()
+    return SimpleNamespace(**finder.result(), axes=axes)
 
 
 @st.composite

@@ -15,7 +15,7 @@ import numpy as np
 
 from t5x_sparsity.artifacts.checkpoint import SavedWeight, sparsity
 from t5x_sparsity.artifacts.checkpoint_arrays import Index
-from t5x_sparsity.artifacts.found_patterns import Found, PatternFinder
+from t5x_sparsity.artifacts.found_patterns import NOTHING, PatternFinder
 from t5x_sparsity.artifacts.structure import KeptBits
 
 # The most bytes of bits, one per weight, that are held of a weight; a single slice is the least.
@@ -25,13 +25,6 @@ COMPARED_BYTES = 16 * 2**20
 
 Facts = dict[str, Any]
 Progress = Callable[[int], None]
-
-# what is said of the zeros found; null where nothing was looked for
-_SIZES = ("rows", "columns", "dead_rows", "dead_columns")
-_STRUCTURE = (
-    "channels", "n_by_m_inputs", "n_by_m_outputs", "block", "fan_in", "fan_out",
-    "at_most_2_4_inputs", "at_most_2_4_outputs",
-)  # fmt: skip
 
 
 def look_at(weight: SavedWeight, progress: Progress) -> Facts:
@@ -45,22 +38,15 @@ def look_at(weight: SavedWeight, progress: Progress) -> Facts:
       CheckpointError: the weight or its mask is damaged.
     """
     array, axes, has_mask = weight.array, weight.axes, weight.mask is not None
-    counts: Mapping[str, Any] = {
-        "kept": array.size,
-        "nonzero": None,
-        "kept_zeros": 0,
-        "pruned_nonzeros": 0,
-    }
-    found = None
+    counts = {"kept": array.size, "nonzero": None, "kept_zeros": 0, "pruned_nonzeros": 0}
+    found: Facts = {}
     if array.shape and (has_mask or weight.zeros_are_pruned):
         counts, found = _read(weight, progress)
     else:
         progress(array.nbytes)
     kept = counts["kept"]
     pattern = "unstructured"
-    if found:
-        pattern = found.pattern
-    elif kept in (0, array.size):
+    if kept in (0, array.size):
         pattern = "dense" if kept else "all zero"
     return {
         "path": weight.path,
@@ -75,16 +61,16 @@ def look_at(weight: SavedWeight, progress: Progress) -> Facts:
         **counts,
         "sparsity": sparsity(kept, array.size),
         "target": weight.record.sparsity,
-        **{name: getattr(found, name, None) for name in _SIZES},
-        "pattern": pattern,
-        **{name: getattr(found, name, None) for name in _STRUCTURE},
+        **{name: found.get(name) for name in ("rows", "columns", "dead_rows", "dead_columns")},
+        "pattern": found.get("pattern", pattern),
+        **{name: found.get(name) for name in NOTHING},
         "recorded_pattern": weight.record.pattern or None,
         "recorded_algorithm": weight.record.algorithm or None,
-        "follows_record": found and found.follows,
+        "follows_record": found.get("follows"),
     }
 
 
-def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], Found | None]:
+def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], Facts]:
     """Counts of a weight's values, and what its zeros look like if it is a matrix."""
     array, axes = weight.array, weight.axes
     free = (*axes.inputs, *axes.outputs)
@@ -110,7 +96,7 @@ def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], F
         for bits in slices.values():
             finder.add(bits)
     counts = {name: int(n) for name, n in counts.items()}
-    return counts, finder.result() if axes.inputs and axes.outputs else None
+    return counts, finder.result() if axes.inputs and axes.outputs else {}
 
 
 def _groups(shape: Sequence[int], stack: Sequence[int], most: int) -> Iterator[Index]:
