@@ -7,7 +7,6 @@ and T5X's own older one (`checkpoint_<step>/checkpoint`, msgpack, next to one fo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -17,11 +16,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
+import msgpack
 import numpy as np
 import tensorstore as ts
 from etils import epath
-
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 
 # The most bytes of an array that are read at once, where its chunks allow it.
 PART_BYTES = 64 * 2**20
@@ -32,23 +30,20 @@ _NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "str")
 Index = tuple[slice, ...]
 
 
+class CheckpointError(ValueError):
+    """A checkpoint can't be read: there is none, or it is damaged or of another kind."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SavedArray:
-    """An array of a checkpoint, not yet read.
+    """An array of a checkpoint, not yet read."""
 
-    Attributes:
-      folder: of the checkpoint.
-      name: of the leaf, such as 'target/decoder/layers_0/mlp/wi_0/kernel'.
-      source: the values.
-      chunk_shape: the pieces that it is saved in; a piece is decoded as a whole.
-    """
+    folder: epath.Path  #: of the checkpoint
+    name: str  #: of the leaf, such as 'target/decoder/layers_0/mlp/wi_0/kernel'
+    source: np.ndarray | ts.TensorStore = dataclasses.field(repr=False)  #: the values
+    chunk_shape: tuple[int, ...]  #: of the pieces that it is saved in, each decoded as a whole
 
-    folder: epath.Path
-    name: str
-    source: np.ndarray | ts.TensorStore = dataclasses.field(repr=False)
-    chunk_shape: tuple[int, ...]
-
-    @functools.cached_property
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the array."""
         return tuple(self.source.shape)
@@ -85,11 +80,8 @@ class SavedArray:
     ) -> Iterator[tuple[Index, np.ndarray]]:
         """Reads the array, or what is in `index`, piece by piece.
 
-        Pieces don't overlap and follow the chunks, so that none is decoded twice.
-
-        Args:
-          index: as of `read`.
-          max_bytes: the most bytes of a piece; None takes PART_BYTES. An element is the least.
+        Pieces don't overlap and follow the chunks, so that none is decoded twice. They have at most
+        `max_bytes`, or PART_BYTES; an element is the least.
 
         Yields:
           Where the piece is, a slice with start and stop for every axis, and the piece.
@@ -106,8 +98,8 @@ class SavedArray:
             source = ts.open(spec, open=True, read=True, context=context).result()
         # chunk by chunk, or by several whole ones
         outer = [max(n, c) for n, c in zip(lengths, self.chunk_shape, strict=True)]
-        for whole in itertools.product(*map(_cuts, region, outer)):
-            inner = (_cuts(s, n, s.start) for s, n in zip(whole, lengths, strict=True))
+        for whole in itertools.product(*map(cuts, region, outer)):
+            inner = (cuts(s, n, s.start) for s, n in zip(whole, lengths, strict=True))
             for at in itertools.product(*inner):
                 yield at, self._read(source, at)
 
@@ -151,7 +143,7 @@ def _piece_shape(
     return lengths
 
 
-def _cuts(region: slice, length: int, origin: int = 0) -> list[slice]:
+def cuts(region: slice, length: int, origin: int = 0) -> list[slice]:
     """`region`, cut at the multiples of `length` from `origin` on."""
     first = region.start + length - (region.start - origin) % length
     ends = [region.start, *range(first, region.stop, length), region.stop]
@@ -164,8 +156,8 @@ def saved_arrays(
     """The arrays of a checkpoint by name; no values are read.
 
     Args:
-      folder: that of the checkpoint.
-      layout: 'orbax' or 't5x', see `checkpoint_folders.layout_of`.
+      folder: of the checkpoint.
+      layout: 'orbax' or 't5x', see `checkpoint.layout_of`.
       prefix: of the names of the arrays that are wanted; others are not opened.
       complete: whether to look that all their chunks are there, for which all files are listed.
 
@@ -241,8 +233,6 @@ def _orbax_content(folder: epath.Path) -> _Content:
 def _t5x_content(folder: epath.Path) -> _Content:
     try:
         content = _unpack((folder / "checkpoint").read_bytes())
-    except ImportError:
-        raise
     except Exception as e:  # what msgpack raises on any bytes
         raise damaged(
             folder, f"the file 'checkpoint' is cut or not T5X's ({type(e).__name__}: {short(e)})"
@@ -276,7 +266,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _unpack(content: bytes) -> Any:
     """What Flax has packed by msgpack: arrays are extensions, large ones are in chunks."""
-    import msgpack
 
     def array(code: int, data: bytes) -> Any:
         if code not in (1, 3):  # an array, a scalar

@@ -22,10 +22,9 @@ def choose(
     stack_axes: Sequence[int] = (),
     smallest: bool = False,
 ) -> Encoding:
-    """The encoding of a weight by the pattern of its zeros.
+    """The smallest encoding of a weight: that of the pattern of its zeros, or CSR.
 
-    The smallest of the pattern's own and CSR; a bit mask where neither is smaller than dense; dense
-    where that isn't either.
+    A bit mask where neither is smaller than dense; dense where that isn't either.
 
     Args:
       x: the weight.

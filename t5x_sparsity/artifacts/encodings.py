@@ -2,8 +2,7 @@
 
 Bool arrays say what is kept; index arrays, which are small, say the same in a file. Values are
 moved as bits and never computed with, so that NaN, infinities, -0 and every dtype come back as they
-were; whatever isn't stored comes back as +0. docs/export.md describes the arrays for readers in
-other languages.
+were; whatever isn't stored comes back as +0. docs/export.md says what each array holds.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from t5x_sparsity.core.groups import group_counts
 # the values' name, next to the arrays that place them
 VALUES = "values"
 
+Arrays = Mapping[str, np.ndarray]
+
 
 class Encoding:
     """The base of all encodings; an encoding's own fields are written next to its arrays.
@@ -34,7 +35,7 @@ class Encoding:
         """Whether it can store these positions: no other ones if `exactly`, else a few more."""
         return True
 
-    def encode(self, x: np.ndarray, kept: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, x: np.ndarray, kept: np.ndarray) -> Arrays:
         """The arrays of a weight: 'values', in its dtype, and those that place them."""
         raise NotImplementedError
 
@@ -42,13 +43,11 @@ class Encoding:
         """Bytes of all arrays, for positions that it fits; nothing is encoded."""
         raise NotImplementedError
 
-    def positions(self, arrays: Mapping[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    def positions(self, arrays: Arrays, shape: Sequence[int]) -> np.ndarray:
         """int64, in the values' shape: each one's position in the flat weight, -1 for padding."""
         raise NotImplementedError
 
-    def stored(
-        self, arrays: Mapping[str, np.ndarray], shape: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def stored(self, arrays: Arrays, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(positions in the flat weight, values) of what is stored, in the order of the file.
 
         Raises:
@@ -66,12 +65,8 @@ class Encoding:
         check(np.count_nonzero(seen) == positions.size, "one position has several values")
         return positions, values
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
-        """The weight, in the dtype of its values.
-
-        Raises:
-          ValueError: the arrays contradict each other.
-        """
+    def decode(self, arrays: Arrays, shape: Sequence[int]) -> np.ndarray:
+        """The weight, in the dtype of its values; raises what `stored` does."""
         positions, values = self.stored(arrays, shape)
         x = np.zeros(math.prod(shape), values.dtype)
         x[positions] = values
@@ -80,7 +75,7 @@ class Encoding:
     def bound_bytes(self, shape: Sequence[int], kept: int, itemsize: int) -> int:
         """What no exact code of this pattern can go below on average, if values don't compress.
 
-        The values of the positions kept, and log2 of the number of ways to choose these positions.
+        The values kept, and log2 of the number of ways to choose their positions.
         """
         return kept * itemsize + math.ceil(self._pattern_bits(shape, kept) / 8)
 
@@ -110,11 +105,7 @@ class Dense(Encoding):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CSR(Encoding):
-    """Compressed sparse rows. The columns are the weight's last axis, the rows all others.
-
-    indices: column of every value, rows in order and columns ascending within a row. indptr [rows
-    + 1]: where each row starts among the values.
-    """
+    """Compressed sparse rows. The columns are the weight's last axis, the rows all others."""
 
     name: ClassVar[str] = "csr"
 
@@ -164,22 +155,12 @@ class Bitmask(Encoding):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NM(Encoding):
-    """n values of every m consecutive ones along an axis.
-
-    values: the weight's shape with that axis moved to the end, and n / m as long. indices: the
-    place of each value in its group, ceil(log2 m) bits each, in the order of the values, packed
-    into bytes from the lowest bit on.
-
-    Attributes:
-      n: values of a group, in [1, m).
-      m: of a group, at least 2.
-      axis: of the whole weight, not negative.
-    """
+    """n values of every m consecutive ones along an axis."""
 
     name: ClassVar[str] = "nm"
-    n: int
-    m: int
-    axis: int
+    n: int  #: values of a group, in [1, m)
+    m: int  #: weights of a group
+    axis: int  #: of the whole weight, not negative
 
     def __post_init__(self):
         check(0 < self.n < self.m and self.axis >= 0, f"it is said to be {self.n}:{self.m}")
@@ -234,16 +215,11 @@ class NM(Encoding):
 class Blocks(Encoding):
     """Blocks that are stored whole, of any number of axes; a channel is a block too.
 
-    Blocks tile the weight from its origin; one over a ragged edge is filled up with zeros. indices
-    [stored]: which blocks, ascending, as positions in the flat grid of blocks. values [stored,
-    *block].
-
-    Attributes:
-      block: its length along every axis of the weight.
+    Blocks tile the weight from its origin; one over a ragged edge is filled up with zeros.
     """
 
     name: ClassVar[str] = "blocks"
-    block: tuple[int, ...]
+    block: tuple[int, ...]  #: its length along every axis of the weight
 
     def __post_init__(self):
         object.__setattr__(self, "block", tuple(self.block))

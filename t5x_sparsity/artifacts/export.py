@@ -118,10 +118,8 @@ def totals(weights: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _included(paths: list[str], include: str | None) -> list[str]:
-    if include is None:
-        return paths
     try:
-        found = [p for p in paths if re.search(include, p)]
+        found = [p for p in paths if re.search(include or "", p)]
     except re.error as e:
         raise ExportError(f"include is not a regular expression: {e}, got {include!r}") from e
     if not found:
@@ -282,17 +280,13 @@ def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form
         return mask.reshape(shape)
     if is_dense:
         positions, values = positions[values != 0], values[values != 0]
-    return _bcoo(positions, values, shape)
-
-
-def _bcoo(positions: np.ndarray, values: np.ndarray, shape: Sequence[int]):
-    from jax.experimental import sparse
+    from jax.experimental import sparse  # here, as its import takes long
 
     order = np.argsort(positions, kind="stable")
     indices = np.stack(np.unravel_index(positions[order], shape), axis=-1).astype(np.int32)
     return sparse.BCOO(
         (jnp.asarray(values[order]), jnp.asarray(indices)),
-        shape=tuple(shape),
+        shape=shape,
         indices_sorted=True,
         unique_indices=True,
     )

@@ -1,8 +1,7 @@
 """What the zeros of a weight look like: dead rows and columns, and the patterns that they form.
 
-Arrays of NumPy only. A weight is taken slice by slice (a layer, an expert), each a matrix of
-[inputs, outputs]; one bit per weight of a slice is held, whatever the weight's type. A pattern is
-found where it holds exactly in every slice, and where there is something to hold.
+A weight is taken slice by slice (a layer, an expert), each a matrix of [inputs, outputs]. A pattern
+is found where it holds exactly in every slice, and where there is something to hold.
 """
 
 from __future__ import annotations
@@ -43,13 +42,7 @@ class PatternFinder:
     """
 
     def __init__(self, axes: MatrixAxes, expected: str | None = None):
-        """Prepares for the slices of a weight.
-
-        Args:
-          axes: how the weight is a stack of matrices.
-          expected: text of a pattern to compare with, such as 'NByM(n=2, m=4, axis=-2)' (see
-            `core.patterns.to_text`); None for none.
-        """
+        """`expected` is the text of a pattern to compare with, see `core.patterns.to_text`."""
         self._axes = axes
         self._structure = StructureFinder((*axes.inputs, *axes.outputs))
         self._expected: patterns.BuiltIn | None = None
@@ -59,11 +52,11 @@ class PatternFinder:
             self._expected = patterns.from_text(expected)
         self._follows = True if self._expected else None
         self._slices = 0
-        counted = ("size", "kept", "rows", "columns", "dead_rows", "dead_columns")
-        self._counts = Counter(dict.fromkeys(counted, 0))
+        self._counts = Counter(size=0, kept=0, rows=0, columns=0, dead_rows=0, dead_columns=0)
         self._channels = True
         self._at_most = {"inputs": True, "outputs": True}
-        self._fans: dict[str, list[int] | None] = {"inputs": [], "outputs": []}
+        # the least and the most kept of what isn't dead, per slice
+        self._fans: dict[str, list[tuple[int, int]]] = {"inputs": [], "outputs": []}
 
     def add(self, bits: KeptBits) -> None:
         """Takes a slice; all are of one shape."""
@@ -82,17 +75,16 @@ class PatternFinder:
             dead_columns=bits.columns - live_columns,
         )
         # of one row, every zero is a dead column
-        is_matrix = bits.rows > 1 and bits.columns > 1
-        self._channels &= is_matrix and kept == live_rows * live_columns
+        self._channels &= min(bits.rows, bits.columns) > 1 and kept == live_rows * live_columns
         for way, counts, length, inner in (
             ("inputs", columns, bits.rows, bits.columns),
             ("outputs", rows, bits.columns, 1),
         ):
-            self._add_fan(way, counts)
-            if self._at_most[way]:
-                self._at_most[way] = length % 4 == 0 and (
-                    kept_of_groups(bits, 4, inner, limit=2)[1] <= 2
-                )
+            live = counts[counts > 0]
+            if live.size:
+                self._fans[way].append((int(live.min()), int(live.max())))
+            possible = self._at_most[way] and length % 4 == 0
+            self._at_most[way] = possible and kept_of_groups(bits, 4, inner, limit=2)[1] <= 2
         self._structure.add(bits)
         if self._expected and self._follows:
             try:
@@ -100,23 +92,11 @@ class PatternFinder:
             except (ValueError, TypeError):  # the slice can't take it
                 self._follows = None
 
-    def _add_fan(self, way: str, counts: np.ndarray) -> None:
-        live = counts[counts > 0]
-        fans = self._fans[way]
-        if fans is None or not live.size:
-            return
-        self._fans[way] = [*fans, int(live[0])] if (live == live[0]).all() else None
-
     def result(self) -> dict[str, Any]:
-        """What holds in all slices so far.
+        """What holds in all slices so far, by the names that docs/inspect.md explains.
 
-        Returns:
-          size, kept, rows, columns, dead_rows, dead_columns: counts over all slices. pattern: in
-          words, all that holds without what follows from another that does. groups: axis of the
-          weight -> (n, m) of the smallest m so that every aligned group of m along it has exactly n
-          kept, and there are several groups. follows: whether the expected pattern holds; None
-          where none was asked for, or it is not known here. And by the names of `NOTHING`, what
-          docs/inspect.md says of them.
+        And `follows`, whether the expected pattern holds, None where that is not known; and
+        `groups`, axis of the weight -> (n, m) of the smallest m of which there are several groups.
         """
         counts, axes = self._counts, self._axes
         facts = {**counts, **NOTHING, "groups": {}, "follows": self._follows}
@@ -165,10 +145,11 @@ def _pattern(facts: Mapping[str, Any], axes: MatrixAxes) -> str:
     return f"unstructured, at most 2:4 along {held}" if held else "unstructured"
 
 
-def _fan(fans: Sequence[int] | None, most: int, neurons: int) -> tuple[int, int] | None:
-    if not fans or neurons < 2 or min(fans) == most:
+def _fan(fans: Sequence[tuple[int, int]], full: int, neurons: int) -> tuple[int, int] | None:
+    if neurons < 2 or any(least < most for least, most in fans):
         return None
-    return min(fans), max(fans)
+    least, most = min(fans)[0], max(fans)[0]
+    return None if least == full else (least, most)
 
 
 def _kept_of_lines(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import pathlib
+import re
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,17 +33,11 @@ OF_A_RUN = (
 
 @dataclasses.dataclass(frozen=True)
 class Macro:
-    """A setting that a file to include has, with a default.
+    """A setting that a file to include has, with a default."""
 
-    Attributes:
-      name: as in --gin.NAME=VALUE.
-      comment: its meaning, range and default, as the file where it is first bound says it.
-      defaults: file -> value, of every file to include that has it, such as {'rigl': 0.8};
-        references are text, such as '@t5x_sparsity.NByM()'.
-    """
-
-    name: str
-    comment: str
+    name: str  #: as in --gin.NAME=VALUE
+    comment: str  #: its meaning, range and default, as the file where it is first bound says it
+    #: file -> value, such as {'rigl': 0.8}; references are text, such as '@t5x_sparsity.NByM()'
     defaults: Mapping[str, Any]
 
 
@@ -71,18 +67,10 @@ def shown_macros() -> tuple[str, ...]:
 
 
 def macros_in(text: str) -> dict[str, str]:
-    """The macros that gin text binds, each with its value as gin writes it.
-
-    What isn't gin is skipped.
-    """
-    pieces: list[str] = []
-    for line in text.splitlines(keepends=True):
-        # gin indents all lines of a statement but the first; each statement is parsed alone
-        if not line[0].isspace() or not pieces:
-            pieces.append("")
-        pieces[-1] += line
+    """The macros that gin text binds, with values as gin writes them; what isn't gin is skipped."""
     found = {}
-    for piece in pieces:
+    # gin indents all lines of a statement but the first; each statement is parsed alone
+    for piece in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
         try:
             for statement in config_parser.ConfigParser(piece, AsWritten()):
                 if _is_macro(statement):
@@ -93,11 +81,7 @@ def macros_in(text: str) -> dict[str, str]:
 
 
 def check_bindings(bindings: Sequence[str]) -> None:
-    """Checks that the value of each `NAME = VALUE` is one of gin.
-
-    Raises:
-      ValueError: it isn't; gin itself would say neither which nor why.
-    """
+    """Raises a ValueError if the value of a `NAME = VALUE` is none of gin, which says less."""
     for binding in bindings:
         name, equals, value = binding.partition("=")
         name, value = name.strip(), value.strip()
@@ -161,7 +145,6 @@ def _bound(include: str, delegate: AsWritten) -> Iterator[tuple[str, Any, str]]:
 
 def _above(lines: list[str], line_num: int) -> str:
     """The comment that ends just above a line; lines are counted from 1."""
-    first = line_num - 1
-    while first and lines[first - 1].startswith("#"):
-        first -= 1
-    return " ".join(line.removeprefix("#").strip() for line in lines[first : line_num - 1])
+    above = reversed(lines[: line_num - 1])
+    comment = [*itertools.takewhile(lambda line: line.startswith("#"), above)]
+    return " ".join(line.removeprefix("#").strip() for line in reversed(comment))

@@ -25,17 +25,13 @@ _FEW = 1 << 12
 
 
 class KeptBits:
-    """Which weights of a slice are kept, one bit each.
+    """Which weights of a slice are kept, one bit each: a matrix of rows and columns.
 
-    Attributes:
-      shape: of the slice, axes of the inputs before those of the outputs.
-      rows: inputs of the matrix.
-      columns: outputs of the matrix.
-      size: weights of the slice.
+    Of the slice's axes, the last `output_axes` are the columns, all others the rows.
     """
 
     def __init__(self, shape: Sequence[int], output_axes: int = 1):
-        """All pruned; the last `output_axes` axes are the outputs."""
+        """All pruned."""
         self.shape = tuple(shape)
         first = len(self.shape) - output_axes
         self.rows, self.columns = math.prod(self.shape[:first]), math.prod(self.shape[first:])
@@ -43,12 +39,7 @@ class KeptBits:
         self._bits = np.zeros((*self.shape[:-1], -(-self.shape[-1] // 8)), np.uint8)
 
     def add(self, kept: np.ndarray, index: Sequence[slice] = ()) -> None:
-        """Marks weights as kept.
-
-        Args:
-          kept: bool, True where the weight is kept; a part of the slice, with all its axes.
-          index: where the part is, one slice with start and stop per axis; () for the whole slice.
-        """
+        """Marks weights as kept: a bool part of the slice, at one slice per axis; () for all."""
         at = list(index) or [slice(0, n) for n in self.shape]
         start, first = divmod(at[-1].start, 8)
         if first:
@@ -68,17 +59,14 @@ class KeptBits:
         return self.band(0, self.rows).reshape(self.shape)
 
     def spans(self, first: int = 0, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """Start and stop of bands from row `first` on, of a multiple of so many rows but the last.
-
-        A band is what is looked at together.
-        """
+        """Start and stop of bands, read one by one, of a multiple of so many rows but the last."""
         step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
         for start in range(first, self.rows, step):
             yield start, min(start + step, self.rows)
 
 
 def slices_of(kept: np.ndarray, stack_axes: Sequence[int] = ()) -> Iterator[KeptBits]:
-    """The slices of a weight, from a bool array of its shape that is True where it is kept."""
+    """The slices of a weight, from a bool array of its shape."""
     stacked = np.moveaxis(kept, stack_axes, range(len(stack_axes)))
     for at in np.ndindex(*stacked.shape[: len(stack_axes)]):
         bits = KeptBits(stacked[at].shape)
@@ -90,11 +78,9 @@ class StructureFinder:
     """Finds the structure that holds in every slice of a weight, from one slice at a time."""
 
     def __init__(self, axes: Sequence[int], *, fill: bool = False):
-        """Prepares for the slices of a weight.
+        """`axes` are those of a slice, ascending, as the whole weight numbers them.
 
-        Args:
-          axes: those of a slice, ascending, as the whole weight numbers them.
-          fill: whether to look for `filled_groups` too.
+        `fill`: whether to look for `filled_groups` too.
         """
         self._axes, self._fill = tuple(axes), fill
         self._shape: tuple[int, ...] = ()
@@ -127,10 +113,7 @@ class StructureFinder:
 
     @property
     def groups(self) -> list[NM]:
-        """N:M that holds exactly, of the smallest m, for each axis that has one.
-
-        m may be the whole axis.
-        """
+        """N:M that holds exactly, of the smallest m, per axis; m may be the whole axis."""
         found: dict[int, NM] = {}
         for axis, exact in self._exact.items():
             for m, n in exact.items():

@@ -1,8 +1,7 @@
 """Safetensors files, written and read one tensor at a time.
 
-The library's own writer takes all tensors at once, and its NumPy reader knows no float8; the format
-is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors). That
-a file is whole is checked by the library.
+The library's own writer takes all tensors at once, and its NumPy reader knows no float8. The format
+is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -116,10 +115,6 @@ class Writer:
 class Reader:
     """A file, of which tensors are read when they are asked for.
 
-    Attributes:
-      metadata: texts, empty where there are none.
-      names: of the tensors.
-
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no safetensors file, or not a whole one.
@@ -130,7 +125,7 @@ class Reader:
         if not self._path.is_file():
             raise FileNotFoundError(f"there is no file {self._path}")
         try:
-            with safe_open(self._path, framework="np"):
+            with safe_open(self._path, framework="np"):  # which checks that the file is whole
                 pass
         except SafetensorError as e:
             raise ValueError(f"{self._path} is no safetensors file, or not a whole one: {e}") from e
@@ -143,12 +138,7 @@ class Reader:
         self._entries = header
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor.
-
-        Raises:
-          KeyError: there is none of that name.
-          ValueError: NumPy has no such dtype.
-        """
+        """A tensor; a KeyError if there is none of that name."""
         entry = self._entries[name]
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{self._path}: NumPy has no dtype {entry['dtype']}, as {name!r} has")

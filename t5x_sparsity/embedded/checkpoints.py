@@ -25,8 +25,8 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from t5x_sparsity.artifacts.checkpoint import absolute
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, saved_arrays
-from t5x_sparsity.artifacts.checkpoint_folders import absolute
 
 _PREFIX = "checkpoint"
 _STATE, _DATASET = "state", "dataset"

@@ -15,10 +15,9 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5x_sparsity.artifacts import checkpoint_arrays, checkpoint_folders
-from t5x_sparsity.artifacts.checkpoint import open_checkpoint
+from t5x_sparsity.artifacts import checkpoint, checkpoint_arrays
+from t5x_sparsity.artifacts.checkpoint import CheckpointError, open_checkpoint
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
 from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.core import packing
 
@@ -459,7 +458,7 @@ def test_a_folder_that_may_not_be_read(copy, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(checkpoint_folders, "layout_of", refuse)
+    monkeypatch.setattr(checkpoint, "layout_of", refuse)
     error(copy, r"can't be read \(PermissionError: .*Permission denied")
 
 

@@ -6,8 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from t5x_sparsity.artifacts.checkpoint import Checkpoint, open_checkpoint
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.inspect import comparison, report
 from t5x_sparsity.commands.inspect.options import InspectOptions

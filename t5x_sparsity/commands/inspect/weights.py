@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from t5x_sparsity.artifacts.checkpoint import SavedWeight, sparsity
-from t5x_sparsity.artifacts.checkpoint_arrays import Index
+from t5x_sparsity.artifacts.checkpoint_arrays import Index, cuts
 from t5x_sparsity.artifacts.found_patterns import NOTHING, PatternFinder
 from t5x_sparsity.artifacts.structure import KeptBits
 
@@ -28,11 +28,7 @@ Progress = Callable[[int], None]
 
 
 def look_at(weight: SavedWeight, progress: Progress) -> Facts:
-    """The facts of a weight; a dense one isn't read.
-
-    Args:
-      weight: of a checkpoint.
-      progress: is told how many bytes have been read, as they are.
+    """The facts of a weight; a dense one isn't read. `progress` is told how many bytes are done.
 
     Raises:
       CheckpointError: the weight or its mask is damaged.
@@ -105,18 +101,14 @@ def _groups(shape: Sequence[int], stack: Sequence[int], most: int) -> Iterator[I
     for axis in reversed(stack):
         lengths[axis] = max(1, min(shape[axis], most))
         most //= lengths[axis]
-    cuts = [
-        [slice(a, min(a + n, size)) for a in range(0, size, max(1, n))]
-        for size, n in zip(shape, lengths, strict=True)
-    ]
-    return itertools.product(*cuts)
+    regions = [slice(0, n) for n in shape]
+    return itertools.product(*map(cuts, regions, (max(1, n) for n in lengths)))
 
 
 def compare(weight: SavedWeight, other: SavedWeight, progress: Progress) -> Counter:
     """Sums over a weight of two checkpoints, which has one shape in both.
 
-    size: weights in all. kept: weights that the one keeps. other_kept: weights that the other
-    keeps. both: weights that both keep. moved: sum of (y - x)^2. norm: sum of x^2.
+    size: weights in all; kept, other_kept, both: those kept; moved: of (y - x)^2; norm: of x^2.
 
     Raises:
       CheckpointError: the weight or a mask is damaged.
@@ -145,9 +137,8 @@ def comparison(path: str, shape: Sequence[int], parts: Iterable[Counter]) -> Fac
         sums.update(part)
     kept, other_kept, both = sums["kept"], sums["other_kept"], sums["both"]
     either = kept + other_kept - both
-    change = math.sqrt(sums["moved"] / sums["norm"]) if sums["norm"] else math.inf
-    if not sums["moved"]:
-        change = 0.0
+    moved, norm = sums["moved"], sums["norm"]
+    change = math.sqrt(moved / norm) if norm else math.inf if moved else 0.0
     return {
         "path": path,
         "shape": shape,
