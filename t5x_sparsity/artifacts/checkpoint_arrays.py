@@ -65,10 +65,7 @@ class SavedArray:
         return self.size * self.dtype.itemsize
 
     def read(self, index: Sequence[slice] = ()) -> np.ndarray:
-        """Reads a part, or all of it.
-
-        Args:
-          index: one slice per axis, with no step; axes left out are read whole.
+        """Reads a part: one slice per axis, with no step; axes left out are read whole.
 
         Raises:
           CheckpointError: the file is damaged.

@@ -79,8 +79,8 @@ def export(
             x = _converted(saved.array.read(), dtype, path)
             arrays, described[path], printed = _encoded(saved, x, format, smallest)
             weights.append({"path": path, **described[path], **printed})
+            is_dense = described[path]["encoding"] == Dense.name
             for name, array in arrays.items():
-                is_dense = described[path]["encoding"] == Dense.name
                 writer.add(path if is_dense else f"{path}.{name}", array)
         file_bytes = writer.finish(
             {
@@ -169,10 +169,8 @@ def _encoded(
         if format == "compressed" and has_mask and count < x.size:
             notes.append("stays dense, as no encoding is smaller; its mask isn't exported")
         has_mask = has_mask and count == x.size
-    else:
-        bits = np.ascontiguousarray(x).reshape(x.shape).view(f"u{x.itemsize}")
-        if signed := np.count_nonzero((bits != 0) & ~kept):
-            notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
+    elif signed := np.count_nonzero(np.signbit(x) & ~kept):
+        notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
     arrays = encoding.encode(x, kept)
     described = {
         "shape": list(x.shape),

@@ -19,7 +19,6 @@ from t5x_sparsity.core.matrix_axes import MatrixAxes
 if TYPE_CHECKING:
     from t5x_sparsity.core import patterns
 
-
 # What is found where there is nothing to hold, and the names of all that may be found.
 NOTHING = {
     "channels": False,

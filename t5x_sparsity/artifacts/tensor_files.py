@@ -71,11 +71,7 @@ class Writer:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, name: str, x: np.ndarray) -> None:
-        """Takes a tensor; it can be let go then.
-
-        Raises:
-          ValueError: its name is taken, or its dtype has none in the format.
-        """
+        """Takes a tensor, which can be let go then; a ValueError if its name or dtype can't be."""
         if name in self._entries or name == "__metadata__":
             raise ValueError(f"two tensors would be called {name!r}; rename one of the weights")
         if x.dtype not in _NAMES:

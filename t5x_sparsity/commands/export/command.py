@@ -13,7 +13,6 @@ from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
 from t5x_sparsity.commands.output import status
 from t5x_sparsity.commands.text import format_bytes
 
-_SUFFIX = ".safetensors"
 _COLUMNS = (
     ("weight", "path", ""),
     ("shape", "shape", ""),
@@ -29,8 +28,8 @@ _COLUMNS = (
 
 def run(options: ExportOptions) -> int:
     """Writes the file and prints the sizes; returns the exit code."""
-    if not options.out.endswith(_SUFFIX):
-        raise CommandError(f"OUT must end in {_SUFFIX}, got {options.out!r}")
+    if not options.out.endswith(".safetensors"):
+        raise CommandError(f"OUT must end in .safetensors, got {options.out!r}")
     if options.smallest and options.format == "dense":
         raise CommandError("--smallest is of --format=compressed; give both, or neither")
     try:
