@@ -47,7 +47,7 @@ class SavedWeight:
     zeros_are_pruned: bool
 
     def kept(self, x: np.ndarray, index: Sequence[slice] = ()) -> np.ndarray:
-        """Which of x, the values at `index`, are kept: see `mask`, `zeros_are_pruned`; else all."""
+        """Which of the values x at `index` are kept: bool, by the mask, else by x != 0, or all."""
         if self.mask is not None:
             return self.read_mask(index)
         return x != 0 if self.zeros_are_pruned else np.ones(x.shape, bool)

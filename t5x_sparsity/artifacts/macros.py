@@ -81,7 +81,7 @@ def macros_in(text: str) -> dict[str, str]:
 
 
 def check_bindings(bindings: Sequence[str]) -> None:
-    """Raises a ValueError if the value of a `NAME = VALUE` is none of gin, which says less."""
+    """A ValueError for a `NAME = VALUE` that gin can't read; gin itself would not name it."""
     for binding in bindings:
         name, equals, value = binding.partition("=")
         name, value = name.strip(), value.strip()

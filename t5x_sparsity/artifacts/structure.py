@@ -39,7 +39,7 @@ class KeptBits:
         self._bits = np.zeros((*self.shape[:-1], -(-self.shape[-1] // 8)), np.uint8)
 
     def add(self, kept: np.ndarray, index: Sequence[slice] = ()) -> None:
-        """Marks weights as kept: a bool part of the slice, at one slice per axis; () for all."""
+        """Marks weights of a part as kept; `index` has a slice per axis, or () for the whole."""
         at = list(index) or [slice(0, n) for n in self.shape]
         start, first = divmod(at[-1].start, 8)
         if first:

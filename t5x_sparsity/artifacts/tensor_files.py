@@ -71,7 +71,7 @@ class Writer:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, name: str, x: np.ndarray) -> None:
-        """Takes a tensor, which can be let go then; a ValueError if its name or dtype can't be."""
+        """Takes a tensor; a ValueError if its name is taken, or the format lacks its dtype."""
         if name in self._entries or name == "__metadata__":
             raise ValueError(f"two tensors would be called {name!r}; rename one of the weights")
         if x.dtype not in _NAMES:
