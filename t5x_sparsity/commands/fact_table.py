@@ -16,7 +16,7 @@ def fact_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], ali
 
     >>> columns = ("name", "path", ""), ("share", "share", ".1%")
     >>> print(fact_table([{"path": "a", "share": 0.5}, {"path": "b"}], columns, "lr"))
-    name    share
+    name      share
     ------  -------
     a         50.0%
     b
