@@ -69,7 +69,7 @@ def look_at(weight: SavedWeight, progress: Progress) -> Facts:
 def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], Facts]:
     """Counts of a weight's values, and what its zeros look like if it is a matrix."""
     array, axes = weight.array, weight.axes
-    free = (*axes.inputs, *axes.outputs)
+    free, lead = (*axes.inputs, *axes.outputs), range(len(axes.stack))
     slice_shape = [array.shape[a] for a in free]
     at_once = max(1, 8 * BITS_BYTES // max(1, math.prod(slice_shape)))
     finder = PatternFinder(axes, (weight.mask and weight.record.pattern) or None)
@@ -77,17 +77,18 @@ def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], F
     for group in _groups(array.shape, axes.stack, at_once):
         slices = defaultdict(lambda: KeptBits(slice_shape, len(axes.outputs)))
         for index, x in array.parts(group):
-            is_set, kept = x != 0, weight.kept(x, index)
+            is_set = x != 0
+            kept = weight.kept(x, index)
             counts.update(
                 kept=np.count_nonzero(kept),
                 nonzero=np.count_nonzero(is_set),
                 kept_zeros=np.count_nonzero(kept & ~is_set),
                 pruned_nonzeros=np.count_nonzero(is_set & ~kept),
             )
-            stacked = np.moveaxis(kept, axes.stack, range(len(axes.stack)))
-            for at in np.ndindex(*stacked.shape[: len(axes.stack)]):
+            for at in np.ndindex(*(kept.shape[a] for a in axes.stack)):
                 place = tuple(index[a].start + i for a, i in zip(axes.stack, at, strict=True))
-                slices[place].add(stacked[at], [index[a] for a in free])
+                # no name for the part, which would hold it while the next one is read
+                slices[place].add(np.moveaxis(kept, axes.stack, lead)[at], [index[a] for a in free])
             progress(x.nbytes)
         for bits in slices.values():
             finder.add(bits)
