@@ -52,7 +52,7 @@ try:
         from absl import flags, logging
 
         from t5x_sparsity import host
-        from t5x_sparsity.artifacts.gin_values import check_bindings
+        from t5x_sparsity.artifacts.macros import check_bindings
 except MissingExtra as e:
     if __name__ != "__main__":
         raise

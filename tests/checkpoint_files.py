@@ -95,7 +95,7 @@ def write_record(model_dir, **entries):
 def in_memory(leaves, record=None, step=0):
     """A checkpoint of leaves by name that lies on no disk; record: what sparsity.json says."""
     from t5x_sparsity.artifacts.checkpoint import Checkpoint
-    from t5x_sparsity.artifacts.checkpoint_arrays import make_array
+    from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
     from t5x_sparsity.artifacts.record import WeightRecord
 
     here = Path("here")
@@ -103,6 +103,6 @@ def in_memory(leaves, record=None, step=0):
         path="here",
         step=step,
         layout="t5x",
-        arrays={k: make_array(here, k, x, x.dtype, x.shape) for k, x in leaves.items()},
+        arrays={k: SavedArray(here, k, x, x.shape) for k, x in leaves.items()},
         record={path: WeightRecord.from_dict(entry) for path, entry in (record or {}).items()},
     )

@@ -5,69 +5,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from t5x_sparsity.artifacts.checkpoint_arrays import (
+    CheckpointError,
     SavedArray,
     damaged,
     saved_arrays,
     short,
     whole_index,
 )
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError, find_checkpoint
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord, read_record
 from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
+
+_NAME = re.compile(r"checkpoint_(\d+)")
+# what Orbax and T5X call a save that is under way, or was killed
+_TEMPORARY = re.compile(r"checkpoint_(\d+)\.(orbax-checkpoint-tmp|tmp-|tmp$)")
 
 _MASKS, _WEIGHTS, _SPARSITY = "state/sparsity/masks/", "target/", "state/sparsity/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SavedWeight:
-    """A weight of a checkpoint and all that is known of it; no value is read yet.
+    """A weight of a checkpoint and all that is known of it; no value is read yet."""
 
-    Attributes:
-      path: such as 'decoder/layers_0/mlp/wi_0/kernel'.
-      array: its values.
-      mask: its stored mask, uint8, packed (see core.packing); None where it has none.
-      record: what sparsity.json says of it; nothing where that is of a weight of another shape.
-      axes: how it is a stack of matrices, by the record where that knows the axes.
-      zeros_are_pruned: whether its own zeros stand for a mask: it is a matrix, and no weight of the
-        checkpoint has a mask.
-    """
-
-    path: str
-    array: SavedArray
-    mask: SavedArray | None
-    record: WeightRecord
-    axes: MatrixAxes
+    path: str  #: such as 'decoder/layers_0/mlp/wi_0/kernel'
+    array: SavedArray  #: its values
+    mask: SavedArray | None  #: uint8, packed (see core.packing); None where it has none
+    record: WeightRecord  #: what sparsity.json says of it, if that is of a weight of its shape
+    axes: MatrixAxes  #: how it is a stack of matrices, by the record where that knows the axes
+    #: whether its own zeros stand for a mask: it is a matrix, and no weight at all has a mask
     zeros_are_pruned: bool
 
     def kept(self, x: np.ndarray, index: Sequence[slice] = ()) -> np.ndarray:
-        """Which weights are kept: bool, by the mask, else by `zeros_are_pruned`, else all.
-
-        Args:
-          x: the values of the weight at `index`.
-          index: as of `read_mask`.
-
-        Raises:
-          CheckpointError: see `read_mask`.
-        """
+        """Which of the values x at `index` are kept: bool, by the mask, else by x != 0, or all."""
         if self.mask is not None:
             return self.read_mask(index)
         return x != 0 if self.zeros_are_pruned else np.ones(x.shape, bool)
 
     def read_mask(self, index: Sequence[slice] = ()) -> np.ndarray:
-        """Reads the mask, or a part of it: bool, True where the weight is kept.
-
-        Args:
-          index: one slice per axis of the weight, with no step; axes left out are read whole.
+        """Reads the mask, or the part at `index` of the weight: bool, True where it is kept.
 
         Raises:
           CheckpointError: the mask is damaged, or doesn't fit the weight.
@@ -75,48 +61,38 @@ class SavedWeight:
         from t5x_sparsity.core.packing import stored_axis  # here, as it imports JAX
 
         assert self.mask is not None, f"{self.path} has no mask"
-        stored, shape = self.mask, self.array.shape
+        stored, at = self.mask, list(whole_index(index, self.array.shape))
         damage = f"{stored.folder}: the mask of {self.path} is damaged"
         try:
-            axis = stored_axis(stored.shape, shape)
+            axis = stored_axis(stored.shape, self.array.shape)
         except ValueError as e:
             raise CheckpointError(f"{damage}: {e}") from e
-        at = list(whole_index(index, shape))
         if axis is None:
             return stored.read(at) != 0
         if stored.dtype != np.uint8:
             raise CheckpointError(f"{damage}: it is packed, but of {stored.dtype.name}, not uint8")
-        wanted = at[axis]
-        first, last = wanted.start // 8, -(-wanted.stop // 8)
+        first, last = at[axis].start // 8, -(-at[axis].stop // 8)
+        inner = slice(at[axis].start - 8 * first, at[axis].stop - 8 * first)
         at[axis] = slice(first, last)
-        bits = np.unpackbits(stored.read(at), axis=axis, bitorder="little")
-        inner = [slice(None)] * len(shape)
-        inner[axis] = slice(wanted.start - 8 * first, wanted.stop - 8 * first)
-        return bits[tuple(inner)].view(bool)
+        bits = np.unpackbits(stored.read(at), axis=axis, bitorder="little").view(bool)
+        return bits[(*[slice(None)] * axis, inner)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """What a checkpoint holds.
 
-    Attributes:
-      path: its folder.
-      step: of training.
-      layout: 'orbax' or 't5x' (T5X's own older one).
-      arrays: all arrays by name, such as 'target/decoder/...' or 'state/sparsity/masks/...'.
-      record: what sparsity.json next to it says, by path of the weight; {} if there is none. For a
-        link to a checkpoint, what isn't next to the link is looked for next to the checkpoint.
-      config_gin: path of the run's config.gin, None if there is none; likewise.
-      skipped: names of newer folders in MODEL_DIR that hold no complete checkpoint.
+    sparsity.json and config.gin are those next to it, or next to what it is a link to.
     """
 
-    path: str
-    step: int
-    layout: str
+    path: str  #: its folder
+    step: int  #: of training
+    layout: str  #: 'orbax' or 't5x' (T5X's own older one)
+    #: by name, such as 'target/decoder/...' or 'state/sparsity/masks/...'
     arrays: Mapping[str, SavedArray]
-    record: Mapping[str, WeightRecord]
-    config_gin: str | None = None
-    skipped: Sequence[str] = ()
+    record: Mapping[str, WeightRecord]  #: what sparsity.json says, by path; {} if there is none
+    config_gin: str | None = None  #: its path; None if there is none
+    skipped: Sequence[str] = ()  #: newer folders in MODEL_DIR that hold no complete checkpoint
 
     @functools.cached_property
     def weights(self) -> Mapping[str, SavedWeight]:
@@ -158,25 +134,41 @@ class Checkpoint:
         return {k[len(prefix) :]: x for k, x in self.arrays.items() if k.startswith(prefix)}
 
 
+def absolute(path: str) -> str:
+    """A local path as an absolute one, without '~'; a URL as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def layout_of(folder: epath.Path) -> str | None:
+    """How a checkpoint is laid out: 'orbax' or 't5x'; None if the folder holds neither."""
+    if (folder / "state").is_dir():
+        return "orbax"
+    # TensorFlow has a text file of the same name
+    return "t5x" if (folder / "checkpoint").is_file() and not _is_tensorflow(folder) else None
+
+
+def sparsity(kept: int, size: int) -> float:
+    """Share of weights pruned, in [0, 1]; 0 where there are none."""
+    return 1 - kept / size if size else 0.0
+
+
 def open_checkpoint(path: str) -> Checkpoint:
     """Finds what a checkpoint holds; no weight is read.
 
-    Args:
-      path: a folder checkpoint_<step>, or the MODEL_DIR above it, whose last complete checkpoint is
-        then taken.
+    `path` is a folder checkpoint_<step>, or the MODEL_DIR above it for its last complete one.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged, incomplete, or of another
         kind.
     """
     try:
-        folder, layout, step, skipped = find_checkpoint(path)
+        folder, layout, skipped = _find(path)
         arrays = saved_arrays(folder, layout)
         _check_names(folder, arrays)
         config = _next_to(folder, "config.gin")
         return Checkpoint(
             path=str(folder),
-            step=_step(folder, arrays, step),
+            step=_step(folder, arrays),
             layout=layout,
             arrays=arrays,
             record=_record(_next_to(folder, RECORD)),
@@ -185,6 +177,85 @@ def open_checkpoint(path: str) -> Checkpoint:
         )
     except OSError as e:
         raise CheckpointError(f"{path} can't be read ({type(e).__name__}: {short(e)})") from e
+
+
+def _is_tensorflow(folder: epath.Path) -> bool:
+    """Whether a folder holds a checkpoint of TensorFlow."""
+    return any(p.name.endswith(".index") for p in folder.iterdir())
+
+
+def _find(path: str) -> tuple[epath.Path, str, tuple[str, ...]]:
+    """The folder of a checkpoint, its layout, and names of newer ones that are not complete."""
+    path = absolute(path)
+    try:
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise CheckpointError(
+            f"{path!a} can't be read: it is not UTF-8, as tensorstore needs paths to be; rename it"
+        ) from e
+    folder, skipped = epath.Path(path), ()
+    if epath.Path(f"{folder}.index").exists() and not folder.is_dir():
+        raise _tensorflow(folder)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder} doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file; give a folder checkpoint_<step>, or the MODEL_DIR above it"
+        )
+    if _TEMPORARY.match(folder.name):
+        raise CheckpointError(
+            f"{folder} is half-written: its name is that of a save that was under way or was "
+            "killed; give a folder checkpoint_<step>"
+        )
+    layout = layout_of(folder)
+    if layout is None and not _NAME.fullmatch(folder.name):
+        folder, skipped = _last_checkpoint(folder)
+        layout = layout_of(folder)
+    if layout is None:
+        if _is_tensorflow(folder):
+            raise _tensorflow(folder)
+        raise CheckpointError(
+            f"{folder} is no whole checkpoint: it holds neither 'state/' nor 'checkpoint'; give "
+            "another checkpoint_<step>"
+        )
+    return folder, layout, skipped
+
+
+def _tensorflow(path: epath.Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a TensorFlow checkpoint, which is not read here; convert it by T5X's "
+        "convert_tf_checkpoint first"
+    )
+
+
+def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]]:
+    """The last complete checkpoint, and the names of incomplete ones after it."""
+    names = [p.name for p in model_dir.iterdir()]
+    # other names, such as checkpoint_200_good, are no run's
+    steps = {n: int(m[1]) for n in names if (m := _NAME.fullmatch(n) or _TEMPORARY.match(n))}
+    complete = [n for n in steps if _NAME.fullmatch(n) and layout_of(model_dir / n)]
+    if complete:
+        last = max(complete, key=steps.__getitem__)
+        newer = tuple(sorted(n for n in steps if steps[n] >= steps[last] and n != last))
+        return model_dir / last, newer
+    if steps:
+        shown = min(steps, key=lambda n: (-steps[n], n))
+        raise CheckpointError(
+            f"{model_dir} holds no complete checkpoint: {shown} is half-written, of a save that "
+            "was under way or was killed"
+        )
+    if _is_tensorflow(model_dir):
+        raise _tensorflow(model_dir)
+    hint, run = "give one of these", model_dir.resolve().parent
+    with contextlib.suppress(OSError):
+        if any(_NAME.fullmatch(p.name) for p in run.iterdir()):
+            hint = f"{run} has some"
+    raise CheckpointError(
+        f"{model_dir} holds no checkpoint: neither is it one, nor has it a folder "
+        f"checkpoint_<step>; {hint}"
+    )
 
 
 def _check_names(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> None:
@@ -204,7 +275,7 @@ def _next_to(folder: epath.Path, name: str) -> epath.Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _step(folder: epath.Path, arrays: Mapping[str, SavedArray], named: int | None) -> int:
+def _step(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> int:
     """What the checkpoint says, else its name."""
     leaf = arrays.get("state/step")
     if leaf is not None:
@@ -216,9 +287,10 @@ def _step(folder: epath.Path, arrays: Mapping[str, SavedArray], named: int | Non
         if not (math.isfinite(step) and step == int(step) >= 0):
             raise damaged(folder, f"state/step is {step}, which is no step")
         return int(step)
+    named = _NAME.fullmatch(folder.name)
     if named is None:
         raise CheckpointError(f"{folder} doesn't say its step; name it checkpoint_<step>")
-    return named
+    return int(named[1])
 
 
 def _record(path: epath.Path | None) -> dict[str, WeightRecord]:

@@ -1,7 +1,8 @@
-"""Ways to say which positions of a weight are stored: CSR, N:M, blocks, bit masks.
+"""Ways to store a sparse weight by the pattern of its zeros: CSR, N:M, blocks, bit masks.
 
-Bool arrays say what is kept; index arrays, which are small, say the same in a file. docs/export.md
-describes them for readers in other languages.
+Bool arrays say what is kept; index arrays, which are small, say the same in a file. Values are
+moved as bits and never computed with, so that NaN, infinities, -0 and every dtype come back as they
+were; whatever isn't stored comes back as +0. docs/export.md says what each array holds.
 """
 
 from __future__ import annotations
@@ -15,40 +16,70 @@ import numpy as np
 
 from t5x_sparsity.core.groups import group_counts
 
-Arrays = dict[str, np.ndarray]
+# the values' name, next to the arrays that place them
+VALUES = "values"
+
+Arrays = Mapping[str, np.ndarray]
 
 
 class Encoding:
-    """The base of all encodings: which positions of a weight are stored, and how a file says so.
+    """The base of all encodings; an encoding's own fields are written next to its arrays.
 
-    `kept` is a bool array of the weight's shape. An encoding's own fields are its parameters, and
-    are written next to its arrays.
+    `kept` is a bool array of the weight's shape, True where the weight is stored: at least wherever
+    it isn't 0.
     """
 
     name: ClassVar[str]
 
     def fits(self, kept: np.ndarray, *, exactly: bool = True) -> bool:
         """Whether it can store these positions: no other ones if `exactly`, else a few more."""
+        return True
+
+    def encode(self, x: np.ndarray, kept: np.ndarray) -> Arrays:
+        """The arrays of a weight: 'values', in its dtype, and those that place them."""
         raise NotImplementedError
 
-    def index(self, kept: np.ndarray) -> Arrays:
-        """The arrays that place the values."""
+    def nbytes(self, kept: np.ndarray, itemsize: int) -> int:
+        """Bytes of all arrays, for positions that it fits; nothing is encoded."""
         raise NotImplementedError
 
-    def values(self, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """What is stored of a weight, in its dtype."""
-        return x[kept]
-
-    def size(self, kept: np.ndarray) -> tuple[int, int]:
-        """(values, bytes of the arrays that place them), of positions that it fits."""
-        raise NotImplementedError
-
-    def positions(self, shape: Sequence[int], index: Mapping[str, np.ndarray]) -> np.ndarray:
+    def positions(self, arrays: Arrays, shape: Sequence[int]) -> np.ndarray:
         """int64, in the values' shape: each one's position in the flat weight, -1 for padding."""
         raise NotImplementedError
 
-    def pattern_bits(self, shape: Sequence[int], kept: int) -> float:
-        """The fewest bits that can tell `kept` positions from all others of this pattern."""
+    def stored(self, arrays: Arrays, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(positions in the flat weight, values) of what is stored, in the order of the file.
+
+        Raises:
+          ValueError: the arrays contradict each other.
+        """
+        positions, values = self.positions(arrays, shape), arrays[VALUES]
+        check(
+            positions.shape == values.shape,
+            f"it has {values.shape} values for {positions.shape} positions",
+        )
+        inside = positions >= 0
+        positions, values = positions[inside], values[inside]
+        seen = np.zeros(math.prod(shape), bool)
+        seen[positions] = True
+        check(np.count_nonzero(seen) == positions.size, "one position has several values")
+        return positions, values
+
+    def decode(self, arrays: Arrays, shape: Sequence[int]) -> np.ndarray:
+        """The weight, in the dtype of its values; raises what `stored` does."""
+        positions, values = self.stored(arrays, shape)
+        x = np.zeros(math.prod(shape), values.dtype)
+        x[positions] = values
+        return x.reshape(shape)
+
+    def bound_bytes(self, shape: Sequence[int], kept: int, itemsize: int) -> int:
+        """What no exact code of this pattern can go below on average, if values don't compress.
+
+        The values kept, and log2 of the number of ways to choose their positions.
+        """
+        return kept * itemsize + math.ceil(self._pattern_bits(shape, kept) / 8)
+
+    def _pattern_bits(self, shape: Sequence[int], kept: int) -> float:
         return _choice_bits(math.prod(shape), kept)
 
 
@@ -58,55 +89,44 @@ class Dense(Encoding):
 
     name: ClassVar[str] = "dense"
 
-    def fits(self, kept, *, exactly=True):
-        return bool(kept.all()) or not exactly
+    def encode(self, x, kept):
+        return {VALUES: x}
 
-    def index(self, kept):
-        return {}
+    def nbytes(self, kept, itemsize):
+        return kept.size * itemsize
 
-    def values(self, x, kept):
-        return x
-
-    def size(self, kept):
-        return kept.size, 0
-
-    def positions(self, shape, index):
+    def positions(self, arrays, shape):
         return np.arange(math.prod(shape)).reshape(shape)
+
+    def decode(self, arrays, shape):
+        check(arrays[VALUES].shape == tuple(shape), "its values contradict its shape")
+        return arrays[VALUES]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CSR(Encoding):
-    """Compressed sparse rows. The columns are the weight's last axis, the rows all others.
-
-    indices: column of every value, rows in order and columns ascending within a row. indptr [rows
-    + 1]: where each row starts among the values.
-    """
+    """Compressed sparse rows. The columns are the weight's last axis, the rows all others."""
 
     name: ClassVar[str] = "csr"
 
-    def fits(self, kept, *, exactly=True):
-        return kept.ndim > 0 and kept.size > 0
-
-    def index(self, kept):
+    def encode(self, x, kept):
         rows = kept.reshape(-1, kept.shape[-1])
         indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(rows, axis=1))])
-        return {
-            "indices": _last_places(rows),
-            "indptr": indptr.astype(_unsigned(int(indptr[-1]))),
-        }
+        indptr = indptr.astype(_unsigned(int(indptr[-1])))
+        return {VALUES: x[kept], "indices": _last_places(rows), "indptr": indptr}
 
-    def size(self, kept):
+    def nbytes(self, kept, itemsize):
         count, columns = int(np.count_nonzero(kept)), kept.shape[-1]
-        indices = count * _unsigned(columns - 1).itemsize
-        return count, indices + (kept.size // columns + 1) * _unsigned(count).itemsize
+        starts = (kept.size // columns + 1) * _unsigned(count).itemsize
+        return count * (itemsize + _unsigned(columns - 1).itemsize) + starts
 
-    def positions(self, shape, index):
-        columns = index["indices"].astype(np.int64)
-        counts = np.diff(index["indptr"].astype(np.int64))
+    def positions(self, arrays, shape):
+        columns = arrays["indices"].astype(np.int64)
+        counts = np.diff(arrays["indptr"].astype(np.int64))
         rows = math.prod(shape[:-1])
         check(
             counts.shape == (rows,)
-            and index["indptr"][0] == 0
+            and arrays["indptr"][0] == 0
             and (counts >= 0).all()
             and counts.sum() == columns.size
             and (columns < shape[-1]).all(),
@@ -121,45 +141,32 @@ class Bitmask(Encoding):
 
     name: ClassVar[str] = "bitmask"
 
-    def fits(self, kept, *, exactly=True):
-        return True
+    def encode(self, x, kept):
+        return {VALUES: x[kept], "mask": np.packbits(kept.reshape(-1), bitorder="little")}
 
-    def index(self, kept):
-        return {"mask": np.packbits(kept.reshape(-1), bitorder="little")}
+    def nbytes(self, kept, itemsize):
+        return int(np.count_nonzero(kept)) * itemsize + -(-kept.size // 8)
 
-    def size(self, kept):
-        return int(np.count_nonzero(kept)), -(-kept.size // 8)
-
-    def positions(self, shape, index):
+    def positions(self, arrays, shape):
         size = math.prod(shape)
-        check(index["mask"].shape == (-(-size // 8),), "its mask contradicts its shape")
-        return np.flatnonzero(np.unpackbits(index["mask"], count=size, bitorder="little"))
+        check(arrays["mask"].shape == (-(-size // 8),), "its mask contradicts its shape")
+        return np.flatnonzero(np.unpackbits(arrays["mask"], count=size, bitorder="little"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NM(Encoding):
-    """n values of every m consecutive ones along an axis.
-
-    values: the weight's shape with that axis moved to the end, and n / m as long. indices: the
-    place of each value in its group, ceil(log2 m) bits each, in the order of the values, packed
-    into bytes from the lowest bit on.
-
-    Attributes:
-      n: values of a group, in [1, m).
-      m: of a group, at least 2.
-      axis: of the whole weight, not negative.
-    """
+    """n values of every m consecutive ones along an axis."""
 
     name: ClassVar[str] = "nm"
-    n: int
-    m: int
-    axis: int
+    n: int  #: values of a group, in [1, m)
+    m: int  #: weights of a group
+    axis: int  #: of the whole weight, not negative
 
     def __post_init__(self):
         check(0 < self.n < self.m and self.axis >= 0, f"it is said to be {self.n}:{self.m}")
 
     @property
-    def bits(self) -> int:
+    def _bits(self) -> int:
         """Bits of an index."""
         return (self.m - 1).bit_length()
 
@@ -169,46 +176,38 @@ class NM(Encoding):
         counts = group_counts(kept, self.axis, self.m)
         return bool((counts == self.n).all() if exactly else (counts <= self.n).all())
 
-    def _groups(self, kept: np.ndarray) -> np.ndarray:
-        """What is stored: [the other axes, groups, m]."""
-        moved = np.ascontiguousarray(np.moveaxis(kept, self.axis, -1))
-        groups = moved.reshape(*moved.shape[:-1], -1, self.m)
-        missing = self.n - group_counts(moved, -1, self.m)
+    def encode(self, x, kept):
+        moved = np.moveaxis(x, self.axis, -1)
+        kept = np.ascontiguousarray(np.moveaxis(kept, self.axis, -1))
+        missing = self.n - group_counts(kept, -1, self.m)
+        groups = kept.reshape(*missing.shape, self.m)
         if missing.any():
             groups = groups.copy()  # of groups with less than n, the first others are stored too
             for j in range(self.m):
                 added = (missing > 0) & ~groups[..., j]
                 groups[..., j] |= added
                 missing = missing - added
-        return groups
+        indices = _pack_bits(_last_places(groups), self._bits)
+        values = moved[groups.reshape(moved.shape)].reshape(*moved.shape[:-1], -1)
+        return {VALUES: values, "indices": indices}
 
-    def index(self, kept):
-        return {"indices": _pack_bits(_last_places(self._groups(kept)), self.bits)}
-
-    def values(self, x, kept):
-        groups, moved = self._groups(kept), np.moveaxis(x, self.axis, -1)
-        return moved[groups.reshape(moved.shape)].reshape(*moved.shape[:-1], -1)
-
-    def size(self, kept):
+    def nbytes(self, kept, itemsize):
         count = kept.size // self.m * self.n
-        return count, -(-count * self.bits // 8)
+        return count * itemsize + -(-count * self._bits // 8)
 
-    def positions(self, shape, index):
+    def positions(self, arrays, shape):
         check(
             self.axis < len(shape) and shape[self.axis] % self.m == 0,
             f"it can't be {self.n}:{self.m} along axis {self.axis}",
         )
-        strides = _strides(shape)
-        count = math.prod(shape) // self.m * self.n
-        groups = shape[self.axis] // self.m
-        places = _unpack_bits(index["indices"], count, self.bits).reshape(-1, groups, self.n)
-        places = places + (np.arange(groups) * self.m)[:, None]
-        others = [a for a in range(len(shape)) if a != self.axis]
-        start = _grid([np.arange(shape[a]) * strides[a] for a in others]).reshape(-1, 1, 1)
-        found = start + places * strides[self.axis]
-        return found.reshape(*(shape[a] for a in others), groups * self.n)
+        flat = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), self.axis, -1)
+        count = flat.size // self.m * self.n
+        places = _unpack_bits(arrays["indices"], count, self._bits)
+        places = places.reshape(*flat.shape[:-1], -1, self.n)
+        places += np.arange(0, shape[self.axis], self.m)[:, None]
+        return np.take_along_axis(flat, places.reshape(*flat.shape[:-1], -1), axis=-1)
 
-    def pattern_bits(self, shape, kept):
+    def _pattern_bits(self, shape, kept):
         return math.prod(shape) // self.m * math.log2(math.comb(self.m, self.n))
 
 
@@ -216,28 +215,23 @@ class NM(Encoding):
 class Blocks(Encoding):
     """Blocks that are stored whole, of any number of axes; a channel is a block too.
 
-    Blocks tile the weight from its origin; one over a ragged edge is filled up with zeros. indices
-    [stored]: which blocks, ascending, as positions in the flat grid of blocks. values [stored,
-    *block].
-
-    Attributes:
-      block: its length along every axis of the weight.
+    Blocks tile the weight from its origin; one over a ragged edge is filled up with zeros.
     """
 
     name: ClassVar[str] = "blocks"
-    block: tuple[int, ...]
+    block: tuple[int, ...]  #: its length along every axis of the weight
 
     def __post_init__(self):
         object.__setattr__(self, "block", tuple(self.block))
         check(all(n > 0 for n in self.block), f"its blocks are said to be {self.block}")
 
-    def _blocks(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The grid of blocks."""
+    def _grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """How many blocks there are along every axis."""
         return tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
 
-    def _split(self, x: np.ndarray, fill: bool) -> np.ndarray:
+    def _split(self, x: np.ndarray, fill: int) -> np.ndarray:
         """The weights of every block: [*grid, *block]."""
-        grid = self._blocks(x.shape)
+        grid = self._grid(x.shape)
         ends = [g * b - n for g, b, n in zip(grid, self.block, x.shape, strict=True)]
         if any(ends):
             x = np.pad(x, [(0, n) for n in ends], constant_values=fill)
@@ -254,35 +248,25 @@ class Blocks(Encoding):
         whole = self._split(kept, True).all(axis=tuple(range(kept.ndim, 2 * kept.ndim)))
         return bool((self._stored(kept) == whole).all())
 
-    def index(self, kept):
+    def encode(self, x, kept):
         stored = self._stored(kept)
-        return {"indices": np.flatnonzero(stored).astype(_unsigned(stored.size - 1))}
+        indices = np.flatnonzero(stored).astype(_unsigned(stored.size - 1))
+        return {VALUES: self._split(x, 0)[stored], "indices": indices}
 
-    def values(self, x, kept):
-        return self._split(x, False)[self._stored(kept)]
-
-    def size(self, kept):
+    def nbytes(self, kept, itemsize):
         stored = self._stored(kept)
-        count = int(np.count_nonzero(stored))
-        return count * math.prod(self.block), count * _unsigned(stored.size - 1).itemsize
+        of_one = math.prod(self.block) * itemsize + _unsigned(stored.size - 1).itemsize
+        return int(np.count_nonzero(stored)) * of_one
 
-    def positions(self, shape, index):
+    def positions(self, arrays, shape):
         check(len(self.block) == len(shape), "its blocks contradict its shape")
-        grid, strides = self._blocks(shape), _strides(shape)
-        check((index["indices"] < math.prod(grid)).all(), "its blocks lie outside")
-        starts = np.unravel_index(index["indices"].astype(np.int64), grid)
-        found = np.zeros((len(starts[0]), *[1] * len(shape)), np.int64)
-        outside = np.zeros(found.shape, bool)
-        for a, (start, b) in enumerate(zip(starts, self.block, strict=True)):
-            place = (start[:, None] * b + np.arange(b)).reshape(
-                -1, *[b if i == a else 1 for i in range(len(shape))]
-            )
-            found = found + place * strides[a]
-            outside = outside | (place >= shape[a])
-        return np.where(outside, -1, found)
+        grid, indices = self._grid(shape), arrays["indices"].astype(np.int64)
+        check((indices < math.prod(grid)).all(), "its blocks lie outside")
+        flat = np.arange(math.prod(shape)).reshape(shape)
+        return self._split(flat, -1)[np.unravel_index(indices, grid)]
 
-    def pattern_bits(self, shape, kept):
-        grid = math.prod(self._blocks(shape))
+    def _pattern_bits(self, shape, kept):
+        grid = math.prod(self._grid(shape))
         return _choice_bits(grid, min(grid, -(-kept // math.prod(self.block))))
 
 
@@ -319,24 +303,12 @@ def _last_places(kept: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.arange(n, dtype=_unsigned(n - 1)), kept.shape)[kept]
 
 
-def _strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[a + 1 :]) for a in range(len(shape))]
-
-
-def _grid(steps: Sequence[np.ndarray]) -> np.ndarray:
-    """All sums of one of each, in C order."""
-    total = np.zeros(1, np.int64)
-    for step in steps:
-        total = np.add.outer(total, step).reshape(-1)
-    return total
-
-
 def _pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
-    shifts, many = np.arange(bits, dtype=numbers.dtype), 1 << 20
-    packed = []
+    packed, many = [], 1 << 20
     for start in range(0, max(numbers.size, 1), many):  # eight of them end at a whole byte
-        split = numbers[start : start + many, None] >> shifts & 1
-        packed.append(np.packbits(split.astype(np.uint8).reshape(-1), bitorder="little"))
+        each = numbers[start : start + many].reshape(-1, 1).view(np.uint8)
+        split = np.unpackbits(each, axis=1, count=bits, bitorder="little")
+        packed.append(np.packbits(split, bitorder="little"))
     return np.concatenate(packed)
 
 

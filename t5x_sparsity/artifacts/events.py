@@ -23,7 +23,7 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
-from t5x_sparsity.artifacts.gin_values import AsWritten
+from t5x_sparsity.artifacts.macros import AsWritten
 from t5x_sparsity.artifacts.record import RECORD, read_record
 
 MASKS = "masks/"

@@ -14,23 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from t5x_sparsity import __version__
 from t5x_sparsity.artifacts import compression, encodings
-from t5x_sparsity.artifacts.checkpoint import Checkpoint, SavedWeight
-from t5x_sparsity.artifacts.compression import VALUES
-from t5x_sparsity.artifacts.encodings import Dense, Encoding
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, SavedWeight, sparsity
+from t5x_sparsity.artifacts.encodings import VALUES, Dense, Encoding
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 
 FORMATS = ("dense", "compressed")
 # what --dtype takes
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("arrays", "bcoo", "masks")
 
 _FORMAT = "t5x_sparsity."
@@ -39,88 +33,6 @@ _VERSION = 1
 
 class ExportError(ValueError):
     """What was asked for can't be exported."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportedWeight:
-    """What became of a weight.
-
-    Attributes:
-      saved: the weight of the checkpoint.
-      dtype: in the file.
-      kept: positions that the mask keeps; without a mask in the whole checkpoint, those of a matrix
-        that aren't 0; else all.
-      encoding: how it is stored.
-      has_mask: whether the positions kept can be read back as the run's mask.
-      dense_bytes: of all values in this dtype.
-      exported_bytes: of its tensors in the file.
-      bound_bytes: what an exact code of this pattern can't go below, see `compression.bound_bytes`.
-      note: what a reader should know, '' for nothing.
-    """
-
-    saved: SavedWeight
-    dtype: str
-    kept: int
-    encoding: Encoding
-    has_mask: bool
-    dense_bytes: int
-    exported_bytes: int
-    bound_bytes: int
-    note: str = ""
-
-    @property
-    def path(self) -> str:
-        """Of the weight."""
-        return self.saved.path
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.saved.array.shape
-
-    @property
-    def size(self) -> int:
-        """Weights in all."""
-        return self.saved.array.size
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights not kept, in [0, 1]."""
-        return 1 - self.kept / self.size if self.size else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """What the file says of the weight, for JSON."""
-        return {
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "encoding": self.encoding.name,
-            **dataclasses.asdict(self.encoding),
-            "kept": self.kept,
-            "sparsity": self.sparsity,
-            "mask": self.has_mask,
-            "pattern": self.saved.record.pattern or "",
-            "algorithm": self.saved.record.algorithm or "",
-            "stack_axes": list(self.saved.record.stack_axes or ()),
-        }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-      path: of the file.
-      format: 'dense' or 'compressed'.
-      step: of the checkpoint.
-      weights: in the order of the checkpoint.
-      file_bytes: of the file, header included.
-    """
-
-    path: str
-    format: str
-    step: int | None
-    weights: Sequence[ExportedWeight]
-    file_bytes: int
 
 
 def export(
@@ -133,7 +45,7 @@ def export(
     smallest: bool = False,
     overwrite: bool = False,
     on_weight: Callable[[str], None] = lambda path: None,
-) -> Exported:
+) -> dict[str, Any]:
     """Writes a checkpoint's weights, those under target/, to a safetensors file.
 
     Args:
@@ -146,6 +58,9 @@ def export(
       overwrite: whether a file of that name is replaced.
       on_weight: called with each path before it is read.
 
+    Returns:
+      What was written, as `t5x-sparsity export --json` prints it.
+
     Raises:
       ExportError: an argument is out of range, no weight is included, or a value doesn't fit the
         dtype.
@@ -156,41 +71,55 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     paths = _included(list(checkpoint.weights), include)
-    weights = []
+    described, weights = {}, []
     with Writer(out, overwrite=overwrite) as writer:
         for path in paths:
             on_weight(path)
             saved = checkpoint.weights[path]
             x = _converted(saved.array.read(), dtype, path)
-            weight, arrays = _exported(saved, x, format, smallest)
+            arrays, described[path], printed = _encoded(saved, x, format, smallest)
+            weights.append({"path": path, **described[path], **printed})
+            is_dense = described[path]["encoding"] == Dense.name
             for name, array in arrays.items():
-                own = path if isinstance(weight.encoding, Dense) else f"{path}.{name}"
-                writer.add(own, array)
-            weights.append(weight)
-        described = {w.path: w.as_dict() for w in weights}
+                writer.add(path if is_dense else f"{path}.{name}", array)
         file_bytes = writer.finish(
             {
                 "format": _FORMAT + format,
                 "version": str(_VERSION),
                 "producer": f"t5x_sparsity {__version__}",
-                "step": "" if checkpoint.step is None else str(checkpoint.step),
+                "step": str(checkpoint.step),
                 "weights": json.dumps(described),
             }
         )
-    return Exported(
-        path=os.fspath(out),
-        format=format,
-        step=checkpoint.step,
-        weights=weights,
-        file_bytes=file_bytes,
-    )
+    return {
+        "path": os.fspath(out),
+        "format": format,
+        "checkpoint": checkpoint.path,
+        "step": checkpoint.step,
+        "passed_over": list(checkpoint.skipped),
+        "has_masks": bool(checkpoint.masked),
+        "file_bytes": file_bytes,
+        "totals": totals(weights),
+        "weights": weights,
+    }
+
+
+def totals(weights: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of several weights together."""
+    size, kept = sum(w["size"] for w in weights), sum(w["kept"] for w in weights)
+    return {
+        "weights": size,
+        "kept": kept,
+        "sparsity": sparsity(kept, size),
+        "dense_bytes": sum(w["dense_bytes"] for w in weights),
+        "exported_bytes": sum(w["exported_bytes"] for w in weights),
+        "bound_bytes": sum(w["bound_bytes"] for w in weights),
+    }
 
 
 def _included(paths: list[str], include: str | None) -> list[str]:
-    if include is None:
-        return paths
     try:
-        found = [p for p in paths if re.search(include, p)]
+        found = [p for p in paths if re.search(include or "", p)]
     except re.error as e:
         raise ExportError(f"include is not a regular expression: {e}, got {include!r}") from e
     if not found:
@@ -205,7 +134,7 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     with np.errstate(all="ignore"):
-        y = x.astype(DTYPES[dtype])
+        y = x.astype(jnp.dtype(dtype))
     if not np.array_equal(np.isfinite(x), np.isfinite(y)):
         raise ExportError(
             f"{path} has values that {dtype} can't hold: its largest magnitude is "
@@ -214,59 +143,55 @@ def _converted(x: np.ndarray, dtype: str | None, path: str) -> np.ndarray:
     return y
 
 
-def _exported(
+def _encoded(
     saved: SavedWeight, x: np.ndarray, format: str, smallest: bool
-) -> tuple[ExportedWeight, Mapping[str, np.ndarray]]:
-    kept, has_mask, note = _kept(saved, x)
+) -> tuple[Mapping[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """(arrays, what the file says of the weight, what is printed of it besides)."""
+    record, notes = saved.record, []
+    kept, has_mask = saved.kept(x), saved.mask is not None
+    # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
+    outside = np.count_nonzero((x != 0) & ~kept) if has_mask else 0
+    if outside:
+        kept, has_mask = x != 0, False
+        notes.append(f"{outside:,} weights that its mask prunes aren't 0; it isn't kept")
     encoding: Encoding = Dense()
     if format == "compressed":
         encoding = compression.choose(
             x,
             kept,
             exactly=has_mask,
-            pattern=saved.record.pattern or "",
+            pattern=record.pattern or "",
             stack_axes=saved.axes.stack,
             smallest=smallest,
         )
     count = int(np.count_nonzero(kept))
-    is_dense = isinstance(encoding, Dense)
-    if is_dense and format == "compressed" and has_mask and count < x.size:
-        note = "stays dense, as no encoding is smaller; its mask isn't exported"
-    signed = 0 if is_dense else int(np.count_nonzero((_bits(x) != 0) & ~kept))
-    if signed:
-        lost = f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
-        note = f"{note}; {lost}" if note else lost
-    arrays = compression.encode(x, kept, encoding)
-    weight = ExportedWeight(
-        saved=saved,
-        dtype=x.dtype.name,
-        kept=count,
-        encoding=encoding,
-        has_mask=has_mask and (not is_dense or count == x.size),
-        dense_bytes=x.nbytes,
-        exported_bytes=sum(a.nbytes for a in arrays.values()),
-        bound_bytes=compression.bound_bytes(encoding, x.shape, count, x.itemsize),
-        note=note,
-    )
-    return weight, arrays
-
-
-def _kept(saved: SavedWeight, x: np.ndarray) -> tuple[np.ndarray, bool, str]:
-    """(bool array of what is stored, whether it is the mask, a note)."""
-    kept = saved.kept(x)
-    if saved.mask is None:
-        return kept, False, ""
-    # a weight times its mask is -0.0 wherever a negative one is pruned: a zero as any other
-    nonzero = x != 0
-    outside = int(np.count_nonzero(nonzero & ~kept))
-    if not outside:
-        return kept, True, ""
-    return nonzero, False, f"{outside:,} weights that its mask prunes aren't 0; it isn't kept"
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    """x as unsigned integers, so that -0 is told from +0."""
-    return np.ascontiguousarray(x).reshape(x.shape).view(f"u{x.itemsize}")
+    if isinstance(encoding, Dense):
+        if format == "compressed" and has_mask and count < x.size:
+            notes.append("stays dense, as no encoding is smaller; its mask isn't exported")
+        has_mask = has_mask and count == x.size
+    elif signed := np.count_nonzero(np.signbit(x) & ~kept):
+        notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
+    arrays = encoding.encode(x, kept)
+    described = {
+        "shape": list(x.shape),
+        "dtype": x.dtype.name,
+        "encoding": encoding.name,
+        **dataclasses.asdict(encoding),
+        "kept": count,
+        "sparsity": sparsity(count, x.size),
+        "mask": has_mask,
+        "pattern": record.pattern or "",
+        "algorithm": record.algorithm or "",
+        "stack_axes": list(record.stack_axes or ()),
+    }
+    printed = {
+        "size": x.size,
+        "dense_bytes": x.nbytes,
+        "exported_bytes": sum(a.nbytes for a in arrays.values()),
+        "bound_bytes": encoding.bound_bytes(x.shape, count, x.itemsize),
+        "note": "; ".join(notes),
+    }
+    return arrays, described, printed
 
 
 def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = False) -> dict:
@@ -277,8 +202,8 @@ def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = Fa
       as_: 'arrays': NumPy arrays, in bits what was exported, but that pruned zeros of a compressed
         weight have no sign, ready for `model.apply({'params': ...})`. 'bcoo': a
         `jax.experimental.sparse.BCOO` of the weight's shape for each sparse weight, a NumPy array
-        for each other. Of a compressed file, that is each weight that isn't stored dense, and what
-        a mask keeps is stored even where it is 0. JAX makes 64-bit values 32-bit ones, unless told
+        for each other; of a compressed file, what a mask keeps is stored even where it is 0, and
+        what is stored dense is no sparse weight. JAX makes 64-bit values 32-bit ones, unless told
         otherwise. 'masks': bool arrays, True where a weight is kept, of the weights whose mask is
         in the file: those of a compressed one.
       flat: return weights by path rather than nested by its parts.
@@ -301,15 +226,12 @@ def load_export(path: str | os.PathLike, as_: str = "arrays", *, flat: bool = Fa
         except (ValueError, IndexError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is damaged: weight {name!r}: {e}") from e
     if as_ == "masks" and not loaded:
-        raise ValueError(
-            f"{path} has no masks: "
-            + (
-                "export with --format compressed to keep them"
-                if form == "dense"
-                else "none of the weights in it had one to keep; export sparse weights of a "
-                "checkpoint with masks"
-            )
-        )
+        remedies = {
+            "dense": "export with --format compressed to keep them",
+            "compressed": "none of the weights in it had one to keep; export sparse weights of a "
+            "checkpoint with masks",
+        }
+        raise ValueError(f"{path} has no masks: {remedies[form]}")
     return loaded if flat else _nested(loaded)
 
 
@@ -337,8 +259,8 @@ def _described(path, metadata: Mapping[str, str]) -> tuple[str, dict[str, dict]]
 
 def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form: str):
     encoding = encodings.from_dict(fields["encoding"], fields)
-    shape = tuple(fields["shape"])
-    if isinstance(encoding, Dense):
+    shape, is_dense = tuple(fields["shape"]), isinstance(encoding, Dense)
+    if is_dense:
         arrays = {VALUES: reader.read(name)}
     else:
         prefix = f"{name}."
@@ -346,33 +268,23 @@ def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form
         arrays = {n.removeprefix(prefix): reader.read(n) for n in own}
     if arrays[VALUES].dtype.name != fields["dtype"]:
         raise ValueError(f"its dtype is {arrays[VALUES].dtype}, not {fields['dtype']}")
-    if as_ == "arrays":
-        return compression.decode(arrays, encoding, shape)
-    if isinstance(encoding, Dense):
-        x = compression.decode(arrays, encoding, shape)
-        if as_ == "masks":  # a mask that keeps all
-            return np.ones(shape, bool)
-        if form == "compressed" or fields["kept"] == math.prod(shape):
-            return x
-        flat = x.reshape(-1)
-        positions = np.flatnonzero(flat)
-        return _bcoo(positions, flat[positions], shape)
-    positions, values = compression.stored(arrays, encoding, shape)
+    stays_dense = is_dense and (form == "compressed" or fields["kept"] == math.prod(shape))
+    if as_ == "arrays" or (as_ == "bcoo" and stays_dense):
+        return encoding.decode(arrays, shape)
+    positions, values = encoding.stored(arrays, shape)
     if as_ == "masks":
         mask = np.zeros(math.prod(shape), bool)
         mask[positions] = True
         return mask.reshape(shape)
-    return _bcoo(positions, values, shape)
-
-
-def _bcoo(positions: np.ndarray, values: np.ndarray, shape: Sequence[int]):
-    from jax.experimental import sparse
+    if is_dense:
+        positions, values = positions[values != 0], values[values != 0]
+    from jax.experimental import sparse  # here, as its import takes long
 
     order = np.argsort(positions, kind="stable")
     indices = np.stack(np.unravel_index(positions[order], shape), axis=-1).astype(np.int32)
     return sparse.BCOO(
         (jnp.asarray(values[order]), jnp.asarray(indices)),
-        shape=tuple(shape),
+        shape=shape,
         indices_sorted=True,
         unique_indices=True,
     )

@@ -1,120 +1,35 @@
 """What the zeros of a weight look like: dead rows and columns, and the patterns that they form.
 
-Arrays of NumPy only. A weight is taken slice by slice (a layer, an expert), each a matrix of
-[inputs, outputs]; one bit per weight of a slice is held, whatever the weight's type. A pattern is
-found where it holds exactly in every slice, and where there is something to hold.
+A weight is taken slice by slice (a layer, an expert), each a matrix of [inputs, outputs]. A pattern
+is found where it holds exactly in every slice, and where there is something to hold.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t5x_sparsity.artifacts.kept_bits import KeptBits
-from t5x_sparsity.artifacts.structure import Groups, StructureFinder, most_kept
+from t5x_sparsity.artifacts.structure import KeptBits, StructureFinder, kept_of_groups
 from t5x_sparsity.core.matrix_axes import MatrixAxes
 
 if TYPE_CHECKING:
     from t5x_sparsity.core import patterns
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """What the zeros of a weight look like.
-
-    Attributes:
-      size: weights in all.
-      kept: weights that are kept.
-      rows: inputs, of all slices together.
-      columns: outputs, of all slices together.
-      dead_rows: inputs all of whose weights are pruned.
-      dead_columns: outputs all of whose weights are pruned.
-      axes: how the weight is a stack of matrices.
-      channels: dead rows and columns explain every zero.
-      groups: axis of the weight -> (n, m) of the smallest m so that every aligned group of m along
-        it has exactly n kept, and there are several groups.
-      block: lengths, along the axes of a slice, of the largest aligned blocks that are kept or
-        pruned as a whole; those at the edge may be smaller.
-      fan_in: weights kept of an output that isn't dead, the least and the most of any slice; None
-        where outputs of a slice differ.
-      fan_out: likewise of an input.
-      at_most_2_4_inputs: every aligned group of 4 along the inputs has at most 2 kept.
-      at_most_2_4_outputs: likewise along the outputs.
-      follows: whether the expected pattern holds; None where none was asked for, or it is not known
-        here.
-    """
-
-    size: int
-    kept: int
-    rows: int
-    columns: int
-    dead_rows: int
-    dead_columns: int
-    axes: MatrixAxes
-    channels: bool = False
-    groups: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    block: tuple[int, ...] | None = None
-    fan_in: tuple[int, int] | None = None
-    fan_out: tuple[int, int] | None = None
-    at_most_2_4_inputs: bool = False
-    at_most_2_4_outputs: bool = False
-    follows: bool | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights pruned, in [0, 1]."""
-        return 1 - self.kept / self.size if self.size else 0.0
-
-    @property
-    def n_by_m_inputs(self) -> tuple[int, int] | None:
-        """(n, m) along the inputs, of several axes the last."""
-        return self.groups.get(self.axes.inputs[-1]) if self.axes.inputs else None
-
-    @property
-    def n_by_m_outputs(self) -> tuple[int, int] | None:
-        """(n, m) along the outputs, likewise."""
-        return self.groups.get(self.axes.outputs[-1]) if self.axes.outputs else None
-
-    @property
-    def pattern(self) -> str:
-        """In words: all that holds, without what follows from another that does."""
-        if self.kept == self.size:
-            return "dense"
-        if not self.kept:
-            return "all zero"
-        if self.channels:
-            return "whole channels"
-        ways = {axes[-1]: way for axes, way in self._ways if axes}
-        found = [
-            f"{n}:{m} along {ways.get(axis, f'axis {axis}')}"
-            for axis, (n, m) in sorted(self.groups.items(), key=lambda item: item[0] not in ways)
-        ]
-        if self.block:
-            found.append(f"blocks {'x'.join(map(str, self.block))}")
-        # N:M along the inputs gives every output as many
-        if self.fan_in and not self.groups.keys() & set(self.axes.inputs):
-            found.append(f"constant fan-in {_range(self.fan_in)}")
-        if self.fan_out and not self.groups.keys() & set(self.axes.outputs):
-            found.append(f"constant fan-out {_range(self.fan_out)}")
-        if not found:
-            holds = (self.at_most_2_4_inputs, self.at_most_2_4_outputs)
-            held = [way for (_, way), at_most in zip(self._ways, holds, strict=True) if at_most]
-            at_most = f", at most 2:4 along {' and '.join(held)}" if held else ""
-            return f"unstructured{at_most}"
-        return "; ".join(found)
-
-    @property
-    def _ways(self) -> tuple[tuple[Sequence[int], str], ...]:
-        return (self.axes.inputs, "inputs"), (self.axes.outputs, "outputs")
-
-
-def _range(numbers: tuple[int, int]) -> str:
-    low, high = numbers
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+# What is found where there is nothing to hold, and the names of all that may be found.
+NOTHING = {
+    "channels": False,
+    "n_by_m_inputs": None,
+    "n_by_m_outputs": None,
+    "block": None,
+    "fan_in": None,
+    "fan_out": None,
+    "at_most_2_4_inputs": False,
+    "at_most_2_4_outputs": False,
+}
 
 
 class PatternFinder:
@@ -126,13 +41,7 @@ class PatternFinder:
     """
 
     def __init__(self, axes: MatrixAxes, expected: str | None = None):
-        """Prepares for the slices of a weight.
-
-        Args:
-          axes: how the weight is a stack of matrices.
-          expected: text of a pattern to compare with, such as 'NByM(n=2, m=4, axis=-2)' (see
-            `core.patterns.to_text`); None for none.
-        """
+        """`expected` is the text of a pattern to compare with, see `core.patterns.to_text`."""
         self._axes = axes
         self._structure = StructureFinder((*axes.inputs, *axes.outputs))
         self._expected: patterns.BuiltIn | None = None
@@ -141,36 +50,40 @@ class PatternFinder:
 
             self._expected = patterns.from_text(expected)
         self._follows = True if self._expected else None
-        self._slices = self._size = self._kept = self._rows = self._columns = 0
-        self._dead_rows = self._dead_columns = 0
+        self._slices = 0
+        self._counts = Counter(size=0, kept=0, rows=0, columns=0, dead_rows=0, dead_columns=0)
         self._channels = True
         self._at_most = {"inputs": True, "outputs": True}
-        self._fans: dict[str, list[int] | None] = {"inputs": [], "outputs": []}
+        # the least and the most kept of what isn't dead, per slice
+        self._fans: dict[str, list[tuple[int, int]]] = {"inputs": [], "outputs": []}
 
     def add(self, bits: KeptBits) -> None:
         """Takes a slice; all are of one shape."""
         if not bits.size:
             return
-        rows, columns = _counts(bits)
+        rows, columns = _kept_of_lines(bits)
+        live_rows, live_columns = int(np.count_nonzero(rows)), int(np.count_nonzero(columns))
         kept = int(rows.sum())
-        live_rows, live_columns = np.count_nonzero(rows), np.count_nonzero(columns)
         self._slices += 1
-        self._size += bits.size
-        self._kept += kept
-        self._rows += bits.rows
-        self._columns += bits.columns
-        self._dead_rows += bits.rows - int(live_rows)
-        self._dead_columns += bits.columns - int(live_columns)
+        self._counts.update(
+            size=bits.size,
+            kept=kept,
+            rows=bits.rows,
+            columns=bits.columns,
+            dead_rows=bits.rows - live_rows,
+            dead_columns=bits.columns - live_columns,
+        )
         # of one row, every zero is a dead column
-        is_matrix = bits.rows > 1 and bits.columns > 1
-        self._channels &= is_matrix and kept == int(live_rows) * int(live_columns)
+        self._channels &= min(bits.rows, bits.columns) > 1 and kept == live_rows * live_columns
         for way, counts, length, inner in (
             ("inputs", columns, bits.rows, bits.columns),
             ("outputs", rows, bits.columns, 1),
         ):
-            self._add_fan(way, counts)
-            if self._at_most[way]:
-                self._at_most[way] = length % 4 == 0 and most_kept(bits, 4, inner, 3) <= 2
+            live = counts[counts > 0]
+            if live.size:
+                self._fans[way].append((int(live.min()), int(live.max())))
+            possible = self._at_most[way] and length % 4 == 0
+            self._at_most[way] = possible and kept_of_groups(bits, 4, inner, limit=2)[1] <= 2
         self._structure.add(bits)
         if self._expected and self._follows:
             try:
@@ -178,58 +91,71 @@ class PatternFinder:
             except (ValueError, TypeError):  # the slice can't take it
                 self._follows = None
 
-    def _add_fan(self, way: str, counts: np.ndarray) -> None:
-        live = counts[counts > 0]
-        fans = self._fans[way]
-        if fans is None or not live.size:
-            return
-        self._fans[way] = [*fans, int(live[0])] if (live == live[0]).all() else None
+    def result(self) -> dict[str, Any]:
+        """What holds in all slices so far, by the names that docs/inspect.md explains.
 
-    def result(self) -> Found:
-        """What holds in all slices so far."""
-        facts = {
-            "size": self._size,
-            "kept": self._kept,
-            "rows": self._rows,
-            "columns": self._columns,
-            "dead_rows": self._dead_rows,
-            "dead_columns": self._dead_columns,
-            "axes": self._axes,
-            "follows": self._follows,
-        }
-        if self._kept in (0, self._size):
-            return Found(**facts)
-        rows, columns = self._rows // self._slices, self._columns // self._slices
+        And `follows`, whether the expected pattern holds, None where that is not known; and
+        `groups`, axis of the weight -> (n, m) of the smallest m of which there are several groups.
+        """
+        counts, axes = self._counts, self._axes
+        facts = {**counts, **NOTHING, "groups": {}, "follows": self._follows}
+        if counts["kept"] in (0, counts["size"]):
+            return {**facts, "pattern": "all zero" if counts["kept"] < counts["size"] else "dense"}
+        rows, columns = counts["rows"] // self._slices, counts["columns"] // self._slices
+        lengths = dict.fromkeys(axes.inputs, rows) | dict.fromkeys(axes.outputs, columns)
+        exact = [g for g in self._structure.groups if 2 * g.m <= lengths[g.axis]]
+        groups = {g.axis: (g.n, g.m) for g in exact}
         block = tuple(self._structure.runs.values())
         has_blocks = math.prod(block) > 1 and min(rows, columns) > 1 and not self._channels
-        return Found(
-            **facts,
-            channels=self._channels,
-            groups={g.axis: (g.n, g.m) for g in self._structure.groups if self._has_several(g)},
-            block=block if has_blocks else None,
-            fan_in=self._fan("inputs", rows, columns),
-            fan_out=self._fan("outputs", columns, rows),
-            at_most_2_4_inputs=self._at_most["inputs"],
-            at_most_2_4_outputs=self._at_most["outputs"],
-        )
-
-    def _has_several(self, groups: Groups) -> bool:
-        """Whether there are several groups; a single one is a constant fan-in or fan-out."""
-        is_input = groups.axis in self._axes.inputs
-        length = (self._rows if is_input else self._columns) // self._slices
-        return 2 * groups.m <= length
-
-    def _fan(self, way: str, most: int, neurons: int) -> tuple[int, int] | None:
-        fans = self._fans[way]
-        if not fans or neurons < 2 or min(fans) == most:
-            return None
-        return min(fans), max(fans)
+        facts |= {
+            "channels": self._channels,
+            "groups": groups,
+            # of several axes the last
+            "n_by_m_inputs": groups.get(axes.inputs[-1]) if axes.inputs else None,
+            "n_by_m_outputs": groups.get(axes.outputs[-1]) if axes.outputs else None,
+            "block": block if has_blocks else None,
+            "fan_in": _fan(self._fans["inputs"], rows, columns),
+            "fan_out": _fan(self._fans["outputs"], columns, rows),
+            "at_most_2_4_inputs": self._at_most["inputs"],
+            "at_most_2_4_outputs": self._at_most["outputs"],
+        }
+        return {**facts, "pattern": _pattern(facts, axes)}
 
 
-def _counts(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:
+def _pattern(facts: Mapping[str, Any], axes: MatrixAxes) -> str:
+    if facts["channels"]:
+        return "whole channels"
+    matrix = (("inputs", axes.inputs), ("outputs", axes.outputs))
+    ways = {of_way[-1]: way for way, of_way in matrix if of_way}
+    found = [
+        f"{n}:{m} along {ways.get(axis, f'axis {axis}')}"
+        for axis, (n, m) in sorted(facts["groups"].items(), key=lambda item: item[0] not in ways)
+    ]
+    if facts["block"]:
+        found.append(f"blocks {'x'.join(map(str, facts['block']))}")
+    # N:M along the inputs gives every output as many
+    for fan, of_way in (("fan_in", axes.inputs), ("fan_out", axes.outputs)):
+        if facts[fan] and not facts["groups"].keys() & set(of_way):
+            numbers = dict.fromkeys(f"{n:,}" for n in facts[fan])
+            found.append(f"constant {fan.replace('_', '-')} {' to '.join(numbers)}")
+    if found:
+        return "; ".join(found)
+    held = " and ".join(way for way, _ in matrix if facts[f"at_most_2_4_{way}"])
+    return f"unstructured, at most 2:4 along {held}" if held else "unstructured"
+
+
+def _fan(fans: Sequence[tuple[int, int]], full: int, neurons: int) -> tuple[int, int] | None:
+    if neurons < 2 or any(least < most for least, most in fans):
+        return None
+    least, most = min(fans)[0], max(fans)[0]
+    return None if least == full else (least, most)
+
+
+def _kept_of_lines(bits: KeptBits) -> tuple[np.ndarray, np.ndarray]:
     """Weights kept of every row, and of every column."""
     rows, columns = [np.zeros(0, np.int64)], np.zeros(bits.columns, np.int64)
-    for band in bits.bands():
+    for span in bits.spans():
+        band = bits.band(*span)
         rows.append(np.count_nonzero(band, axis=1))
         columns += np.count_nonzero(band, axis=0)
     return np.concatenate(rows), columns

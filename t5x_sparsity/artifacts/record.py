@@ -21,27 +21,16 @@ _MOST_AXES, _MOST = 64, 2**63
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightRecord:
-    """What a run says of a weight; None for what it doesn't say, as older versions said less.
+    """What a run says of a weight; None for what it doesn't say, as older versions said less."""
 
-    Attributes:
-      shape: of the weight.
-      sparsity: to have in the end, in [0, 1].
-      kept: weights to keep in the end.
-      pattern: its text, see `core.patterns.to_text`.
-      algorithm: name of its class.
-      start_step: from which mask updates count.
-      axes: logical names of the weight's axes.
-      stack_axes: axes along which slices are pruned apart.
-    """
-
-    shape: tuple[int, ...] | None = None
-    sparsity: float | None = None
-    kept: int | None = None
-    pattern: str | None = None
-    algorithm: str | None = None
-    start_step: int | None = None
-    axes: tuple[str | None, ...] | None = None
-    stack_axes: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None  #: of the weight
+    sparsity: float | None = None  #: to have in the end, in [0, 1]
+    kept: int | None = None  #: weights to keep in the end
+    pattern: str | None = None  #: its text, see `core.patterns.to_text`
+    algorithm: str | None = None  #: name of its class
+    start_step: int | None = None  #: from which mask updates count
+    axes: tuple[str | None, ...] | None = None  #: logical names of the weight's axes
+    stack_axes: tuple[int, ...] | None = None  #: axes along which slices are pruned apart
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> WeightRecord:
@@ -55,8 +44,7 @@ class WeightRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of the file, where axes that are not known are null."""
-        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        said = {k: v for k, v in said.items() if v is not None or k == "axes"}
+        said = {k: v for k, v in vars(self).items() if v is not None or k == "axes"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
 
 
@@ -121,10 +109,6 @@ def _is_shape(value: Any, _) -> bool:
     )
 
 
-def _is_share(value: Any, _) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
 def _are_names(value: Any, shape: list) -> bool:
     return value is None or (
         isinstance(value, list)
@@ -145,11 +129,11 @@ def _are_stacked(value: Any, shape: list) -> bool:
 # The shape comes first, as others are checked against it.
 _ALLOWED = (
     ("shape", _is_shape, "a list of whole numbers"),
-    ("sparsity", _is_share, "a number in [0, 1]"),
-    ("kept", lambda value, _: _is_whole(value), "a whole number"),
-    ("pattern", lambda value, _: isinstance(value, str) and _is_text(one_line(value)), "text"),
-    ("algorithm", lambda value, _: _is_text(value), "text of a line"),
-    ("start_step", lambda value, _: _is_whole(value), "a step"),
+    ("sparsity", lambda x, _: type(x) in (int, float) and 0 <= x <= 1, "a number in [0, 1]"),
+    ("kept", lambda x, _: _is_whole(x), "a whole number"),
+    ("pattern", lambda x, _: isinstance(x, str) and _is_text(one_line(x)), "text"),
+    ("algorithm", lambda x, _: _is_text(x), "text of a line"),
+    ("start_step", lambda x, _: _is_whole(x), "a step"),
     ("axes", _are_names, "null or a list of names or nulls, at most one per axis of the shape"),
     ("stack_axes", _are_stacked, "a list of different axes of the shape, which leaves one"),
 )

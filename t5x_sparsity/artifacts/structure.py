@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from t5x_sparsity.artifacts.kept_bits import KeptBits
+from t5x_sparsity.artifacts.encodings import NM
 from t5x_sparsity.core.groups import group_counts
 
 # N:M is looked for with m up to this.
@@ -20,32 +19,73 @@ MAX_GROUP = 32
 # The m with which groups that keep fewer than n are looked for, where those may be filled up.
 FILLED_GROUPS = (2, 4, 8, 16, 32)
 
-
+# Weights looked at together; most patterns fail on the first.
+_BAND = 1 << 18
 _FEW = 1 << 12
 
 
-class Groups(NamedTuple):
-    """n weights kept of every m consecutive ones along an axis, 0 < n < m."""
+class KeptBits:
+    """Which weights of a slice are kept, one bit each: a matrix of rows and columns.
 
-    axis: int
-    n: int
-    m: int
+    Of the slice's axes, the last `output_axes` are the columns, all others the rows.
+    """
+
+    def __init__(self, shape: Sequence[int], output_axes: int = 1):
+        """All pruned."""
+        self.shape = tuple(shape)
+        first = len(self.shape) - output_axes
+        self.rows, self.columns = math.prod(self.shape[:first]), math.prod(self.shape[first:])
+        self.size = self.rows * self.columns
+        self._bits = np.zeros((*self.shape[:-1], -(-self.shape[-1] // 8)), np.uint8)
+
+    def add(self, kept: np.ndarray, index: Sequence[slice] = ()) -> None:
+        """Marks weights of a part as kept; `index` has a slice per axis, or () for the whole."""
+        at = list(index) or [slice(0, n) for n in self.shape]
+        start, first = divmod(at[-1].start, 8)
+        if first:
+            kept = np.pad(kept, [*[(0, 0)] * (kept.ndim - 1), (first, 0)])
+        packed = np.packbits(kept, axis=-1)
+        at[-1] = slice(start, start + packed.shape[-1])
+        self._bits[tuple(at)] |= packed
+
+    def band(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of the matrix: bool [rows, columns]."""
+        packed = self._bits.reshape(self.rows, -1, self._bits.shape[-1])[start:stop]
+        bits = np.unpackbits(packed, axis=-1, count=self.shape[-1])
+        return bits.reshape(len(packed), self.columns).view(bool)
+
+    def mask(self) -> np.ndarray:
+        """The slice: bool, in its shape."""
+        return self.band(0, self.rows).reshape(self.shape)
+
+    def spans(self, first: int = 0, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """Start and stop of bands, read one by one, of a multiple of so many rows but the last."""
+        step = max(1, _BAND // max(1, self.columns * multiple)) * multiple
+        for start in range(first, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+
+def slices_of(kept: np.ndarray, stack_axes: Sequence[int] = ()) -> Iterator[KeptBits]:
+    """The slices of a weight, from a bool array of its shape."""
+    stacked = np.moveaxis(kept, stack_axes, range(len(stack_axes)))
+    for at in np.ndindex(*stacked.shape[: len(stack_axes)]):
+        bits = KeptBits(stacked[at].shape)
+        bits.add(stacked[at])
+        yield bits
 
 
 class StructureFinder:
     """Finds the structure that holds in every slice of a weight, from one slice at a time."""
 
     def __init__(self, axes: Sequence[int], *, fill: bool = False):
-        """Prepares for the slices of a weight.
+        """`axes` are those of a slice, ascending, as the whole weight numbers them.
 
-        Args:
-          axes: those of a slice, ascending, as the whole weight numbers them.
-          fill: whether to look for `filled_groups` too.
+        `fill`: whether to look for `filled_groups` too.
         """
         self._axes, self._fill = tuple(axes), fill
         self._shape: tuple[int, ...] = ()
-        # by axis: the groups that are still possible, m -> n; empty before the first slice
-        self._exact: dict[int, dict[int, int]] = {}
+        # by axis: the groups that are still possible, m -> n, None for any; empty before a slice
+        self._exact: dict[int, dict[int, int | None]] = {}
         self._most: dict[int, dict[int, int]] = {}
         # by axis: 0 where no two neighbors have differed yet
         self._steps = dict.fromkeys(axes, 0)
@@ -55,32 +95,39 @@ class StructureFinder:
         self._shape = bits.shape
         for i, axis in enumerate(self._axes):
             length, inner = bits.shape[i], math.prod(bits.shape[i + 1 :])
-            self._exact[axis] = _exact_groups(bits, length, inner, self._exact.get(axis))
-            if self._fill:
-                self._most[axis] = _most_kept(bits, length, inner, self._most.get(axis))
+            if axis not in self._exact:
+                sizes = [m for m in range(2, MAX_GROUP + 1) if length % m == 0]
+                # One group as long as the axis is a constant fan-in or fan-out. Exports have always
+                # stored those of these lengths as groups.
+                exact = [m for m in sizes if m < length or m in FILLED_GROUPS]
+                self._exact[axis] = dict.fromkeys(exact)
+                self._most[axis] = {m: 0 for m in sizes if self._fill and m in FILLED_GROUPS}
+            self._exact[axis] = _exact_groups(bits, inner, self._exact[axis])
+            most = {
+                m: max(n, kept_of_groups(bits, m, inner, limit=m - 1)[1])
+                for m, n in self._most[axis].items()
+            }
+            self._most[axis] = {m: n for m, n in most.items() if n < m}
             if self._steps[axis] != 1:
                 self._steps[axis] = _step(bits, length, inner, self._steps[axis])
 
     @property
-    def groups(self) -> list[Groups]:
-        """N:M that holds exactly, of the smallest m, for each axis that has one.
-
-        m may be the whole axis.
-        """
-        found: dict[int, Groups] = {}
+    def groups(self) -> list[NM]:
+        """N:M that holds exactly, of the smallest m, per axis; m may be the whole axis."""
+        found: dict[int, NM] = {}
         for axis, exact in self._exact.items():
-            for m, n in sorted(exact.items()):
+            for m, n in exact.items():
                 if 0 < n < m:
-                    found.setdefault(axis, Groups(axis, n, m))
+                    found.setdefault(axis, NM(n=n, m=m, axis=axis))
         return list(found.values())
 
     @property
-    def filled_groups(self) -> list[Groups]:
+    def filled_groups(self) -> list[NM]:
         """N:M of which some groups keep fewer than n; [] if not looked for."""
         # longer groups than exact ones say no more
         limits = {g.axis: g.m for g in self.groups}
         return [
-            Groups(axis, n, m)
+            NM(n=n, m=m, axis=axis)
             for axis, most in self._most.items()
             for m, n in most.items()
             if 0 < n and m < limits.get(axis, math.inf)
@@ -93,76 +140,44 @@ class StructureFinder:
         return {axis: self._steps[axis] or length for axis, length in lengths}
 
 
-def most_kept(bits: KeptBits, m: int, inner: int, enough: int) -> int:
-    """The most weights kept of a group, or the first number found of at least `enough`.
+# In what follows, neighbors along the axis that is looked at are `inner` weights apart.
 
-    Args:
-      bits: a slice.
-      m: weights of a group.
-      inner: weights between neighbors of a group.
-      enough: where to stop.
+
+def kept_of_groups(bits: KeptBits, m: int, inner: int, limit: int | None = None) -> tuple[int, int]:
+    """The least and the most weights kept of a group of m.
+
+    Stops early, where the most is above the limit, or without a limit where the two differ.
     """
-    most = 0
-    for counts in _grouped(bits, m, inner):
-        most = max(most, int(counts.max(initial=0)))
-        if most >= enough:
+    least, most = m, 0
+    for start, stop in bits.spans(0, m * inner // math.gcd(m * inner, bits.columns)):
+        counts = group_counts(bits.band(start, stop).reshape(-1, m, inner), 1, m)
+        least, most = min(least, int(counts.min())), max(most, int(counts.max()))
+        if least < most if limit is None else most > limit:
             break
-    return most
-
-
-def _grouped(bits: KeptBits, m: int, inner: int) -> Iterator[np.ndarray]:
-    """Weights kept of groups of m, `inner` weights apart, a band of them at a time."""
-    multiple = m * inner // math.gcd(m * inner, bits.columns)
-    for band in bits.bands(multiple):
-        yield group_counts(band.reshape(-1, m, inner), 1, m)
-
-
-def _kept_of_each(bits: KeptBits, m: int, inner: int) -> int | None:
-    """Weights kept of a group, where all groups keep the same number."""
-    n = None
-    for counts in _grouped(bits, m, inner):
-        first = int(counts.flat[0]) if n is None else n
-        if (counts != first).any():
-            return None
-        n = first
-    return n
+    return least, most
 
 
 def _exact_groups(
-    bits: KeptBits, length: int, inner: int, possible: Mapping[int, int] | None
-) -> dict[int, int]:
-    """Those of the possible m -> n that hold in a slice; None makes all of them possible."""
-    found: dict[int, int] = {}
-    for m in range(2, min(MAX_GROUP, length) + 1) if possible is None else possible:
-        # One group as long as the axis is a constant fan-in or fan-out. Exports have always stored
-        # those of these lengths as groups.
-        if length % m or (length == m and m not in FILLED_GROUPS):
-            continue
+    bits: KeptBits, inner: int, possible: Mapping[int, int | None]
+) -> dict[int, int | None]:
+    """Those of the possible m -> n that hold in a slice."""
+    found: dict[int, int | None] = {}
+    for m, expected in possible.items():
         # what holds of short groups holds of long ones made of them
         shorter = next((s for s in found if m % s == 0), None)
-        n = _kept_of_each(bits, m, inner) if shorter is None else found[shorter] * (m // shorter)
-        if n is not None and (possible is None or possible[m] == n):
+        if shorter is None:
+            n, most = kept_of_groups(bits, m, inner)
+        else:
+            n = most = found[shorter] * (m // shorter)
+        if n == most and expected in (None, n):
             found[m] = n
     return found
 
 
-def _most_kept(
-    bits: KeptBits, length: int, inner: int, before: Mapping[int, int] | None
-) -> dict[int, int]:
-    """m -> the most kept of a group in this slice and those before, where that is less than m."""
-    before = {m: 0 for m in FILLED_GROUPS if length % m == 0} if before is None else before
-    most = {m: max(n, most_kept(bits, m, inner, m)) for m, n in before.items()}
-    return {m: n for m, n in most.items() if n < m}
-
-
 def _step(bits: KeptBits, length: int, inner: int, step: int) -> int:
-    """The largest n so that aligned runs of n along an axis are alike; 0 where all of it is.
+    """The largest n so that aligned runs of n are alike, and `step`, of other slices, a multiple.
 
-    Args:
-      bits: a slice.
-      length: of the axis.
-      inner: weights between neighbors along the axis.
-      step: of other slices, which is to be a multiple of it.
+    0 where the whole axis is alike.
     """
     for start, differs in _differences(bits, inner):
         # most often, the first few tell that there are no such runs
@@ -175,20 +190,17 @@ def _step(bits: KeptBits, length: int, inner: int, step: int) -> int:
 
 
 def _differences(bits: KeptBits, inner: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Whether each weight differs from the one `inner` before it, a band of them at a time.
+    """Whether each weight differs from its neighbor before it, a band of them at a time.
 
-    Yields the flat place of the band's first weight, and bool [weights]. The first `inner` weights
-    have none before them, and may be left out.
+    Yields the flat place of the band's first weight, and bool [weights]. Weights that have no
+    neighbor before them count as alike, or are left out.
     """
-    if inner % bits.columns:  # neighbors lie in one row
-        for start in range(0, bits.rows, bits.band_rows()):
-            band = bits.band(start, min(start + bits.band_rows(), bits.rows))
+    gap, within_row = divmod(inner, bits.columns)
+    for start, stop in bits.spans(gap):
+        band = bits.band(start, stop)
+        if within_row:
             before = np.roll(band, inner, axis=1)
             before[:, :inner] = band[:, :inner]
-            yield start * bits.columns, (band ^ before).ravel()
-        return
-    gap = inner // bits.columns
-    for start in range(gap, bits.rows, bits.band_rows()):
-        stop = min(start + bits.band_rows(), bits.rows)
-        differs = bits.band(start, stop) ^ bits.band(start - gap, stop - gap)
-        yield start * bits.columns, differs.ravel()
+        else:
+            before = bits.band(start - gap, stop - gap)
+        yield start * bits.columns, (band ^ before).ravel()

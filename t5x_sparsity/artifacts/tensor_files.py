@@ -1,8 +1,7 @@
 """Safetensors files, written and read one tensor at a time.
 
-The library's own writer takes all tensors at once, and its NumPy reader knows no float8; the format
-is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors). That
-a file is whole is checked by the library.
+The library's own writer takes all tensors at once, and its NumPy reader knows no float8. The format
+is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -11,42 +10,33 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-_NAMES = {
-    np.dtype(dtype): name
-    for dtype, name in (
-        (np.bool_, "BOOL"),
-        (np.uint8, "U8"),
-        (np.int8, "I8"),
-        (np.uint16, "U16"),
-        (np.int16, "I16"),
-        (np.uint32, "U32"),
-        (np.int32, "I32"),
-        (np.uint64, "U64"),
-        (np.int64, "I64"),
-        (np.float16, "F16"),
-        (ml_dtypes.bfloat16, "BF16"),
-        (np.float32, "F32"),
-        (np.float64, "F64"),
-        (ml_dtypes.float8_e4m3fn, "F8_E4M3"),
-        (ml_dtypes.float8_e5m2, "F8_E5M2"),
-    )
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-class _Entry(NamedTuple):
-    dtype: np.dtype
-    shape: Sequence[int]
-    start: int
-    end: int
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Writer:
@@ -63,13 +53,14 @@ class Writer:
 
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False):
         self._path = Path(path)
-        if not self._path.parent.is_dir():
-            raise NotADirectoryError(f"there is no folder {self._path.parent}")
+        folder = self._path.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(f"there is no folder {folder}")
         if self._path.is_dir() or (self._path.exists() and not overwrite):
             raise FileExistsError(f"{self._path} exists already")
         self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        self._parts: dict[int, Any] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._parts: dict[int, Any] = defaultdict(lambda: tempfile.TemporaryFile(dir=folder))
+        self._entries: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Writer:
         return self
@@ -80,21 +71,19 @@ class Writer:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, name: str, x: np.ndarray) -> None:
-        """Takes a tensor; it can be let go then.
-
-        Raises:
-          ValueError: its name is taken, or its dtype has none in the format.
-        """
+        """Takes a tensor; a ValueError if its name is taken, or the format lacks its dtype."""
         if name in self._entries or name == "__metadata__":
             raise ValueError(f"two tensors would be called {name!r}; rename one of the weights")
         if x.dtype not in _NAMES:
             raise ValueError(f"safetensors has no dtype for {name!r}, which is {x.dtype}")
-        part = self._parts.get(x.itemsize)
-        if part is None:
-            part = self._parts[x.itemsize] = tempfile.TemporaryFile(dir=self._path.parent)
+        part = self._parts[x.itemsize]
         start = part.tell()
         part.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-        self._entries[name] = _Entry(x.dtype, x.shape, start, part.tell())
+        self._entries[name] = {
+            "dtype": _NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [start, part.tell()],  # in its part
+        }
 
     def finish(self, metadata: Mapping[str, str]) -> int:
         """Makes the file of what was added; returns its size in bytes."""
@@ -102,15 +91,10 @@ class Writer:
         for itemsize in sorted(self._parts, reverse=True):
             starts[itemsize] = total
             total += self._parts[itemsize].tell()
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        for name, entry in self._entries.items():
-            offset = starts[entry.dtype.itemsize]
-            header[name] = {
-                "dtype": _NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [offset + entry.start, offset + entry.end],
-            }
-        text = json.dumps(header).encode()
+        for entry in self._entries.values():
+            start = starts[_DTYPES[entry["dtype"]].itemsize]
+            entry["data_offsets"] = [start + n for n in entry["data_offsets"]]
+        text = json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
         text += b" " * (-len(text) % 8)
         with open(self._temporary, "xb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
@@ -127,10 +111,6 @@ class Writer:
 class Reader:
     """A file, of which tensors are read when they are asked for.
 
-    Attributes:
-      metadata: texts, empty where there are none.
-      names: of the tensors.
-
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no safetensors file, or not a whole one.
@@ -141,7 +121,7 @@ class Reader:
         if not self._path.is_file():
             raise FileNotFoundError(f"there is no file {self._path}")
         try:
-            with safe_open(self._path, framework="np"):
+            with safe_open(self._path, framework="np"):  # which checks that the file is whole
                 pass
         except SafetensorError as e:
             raise ValueError(f"{self._path} is no safetensors file, or not a whole one: {e}") from e
@@ -150,16 +130,11 @@ class Reader:
             header = json.loads(f.read(length))
         self._data = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self._entries = header
         self.names = list(header)
+        self._entries = header
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor.
-
-        Raises:
-          KeyError: there is none of that name.
-          ValueError: NumPy has no such dtype.
-        """
+        """A tensor; a KeyError if there is none of that name."""
         entry = self._entries[name]
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{self._path}: NumPy has no dtype {entry['dtype']}, as {name!r} has")

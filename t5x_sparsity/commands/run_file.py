@@ -17,7 +17,7 @@ import numpy as np
 
 from t5x_sparsity import host
 from t5x_sparsity.ahead_of_time.patches import gin_missing_imports, gin_search_paths, main_train
-from t5x_sparsity.artifacts.gin_values import check_bindings
+from t5x_sparsity.artifacts.macros import check_bindings
 from t5x_sparsity.commands import CommandError, as_command_errors
 from t5x_sparsity.t5x import SparseTrainStateInitializer
 

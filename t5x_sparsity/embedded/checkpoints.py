@@ -24,8 +24,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from t5x_sparsity.artifacts.checkpoint import absolute
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, saved_arrays
-from t5x_sparsity.artifacts.checkpoint_folders import absolute
 from t5x_sparsity.core.trees import flatten
 from t5x_sparsity.embedded.refusals import missing_from
 

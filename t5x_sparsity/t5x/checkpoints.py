@@ -16,8 +16,8 @@ from etils import epath
 
 from t5x_sparsity import host
 from t5x_sparsity.artifacts import record
+from t5x_sparsity.artifacts.checkpoint import absolute, layout_of
 from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray, flatten, saved_arrays
-from t5x_sparsity.artifacts.checkpoint_folders import absolute, layout_of
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord
 from t5x_sparsity.core.contract import Plan
 from t5x_sparsity.core.names import first_few

@@ -15,10 +15,9 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5x_sparsity.artifacts import checkpoint_arrays, checkpoint_folders
-from t5x_sparsity.artifacts.checkpoint import open_checkpoint
-from t5x_sparsity.artifacts.checkpoint_arrays import make_array
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
+from t5x_sparsity.artifacts import checkpoint, checkpoint_arrays
+from t5x_sparsity.artifacts.checkpoint import CheckpointError, open_checkpoint
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.core import packing
 
@@ -107,7 +106,7 @@ def test_pieces_cover_a_region_once_and_follow_the_chunks(data):
     chunk = [data.draw(st.integers(1, 10)) for _ in shape]
     region = [slice(*sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2)))) for n in shape]
     x = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    array = make_array(Path("here"), "x", x, x.dtype, chunk)
+    array = SavedArray(Path("here"), "x", x, tuple(chunk))
     most = data.draw(st.integers(1, 200)) * x.itemsize
     seen = np.zeros(shape, int)
     order = []
@@ -459,7 +458,7 @@ def test_a_folder_that_may_not_be_read(copy, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(checkpoint_folders, "layout_of", refuse)
+    monkeypatch.setattr(checkpoint, "layout_of", refuse)
     error(copy, r"can't be read \(PermissionError: .*Permission denied")
 
 

@@ -11,17 +11,9 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_sparsity.artifacts import compression, encodings
-from t5x_sparsity.artifacts.compression import (
-    VALUES,
-    choose,
-    decode,
-    encode,
-    find,
-    from_pattern,
-    stored_bytes,
-)
-from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense, from_dict
+from t5x_sparsity.artifacts import encodings
+from t5x_sparsity.artifacts.compression import choose, find, from_pattern
+from t5x_sparsity.artifacts.encodings import CSR, NM, VALUES, Bitmask, Blocks, Dense, from_dict
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 from t5x_sparsity.core import patterns
 
@@ -103,12 +95,12 @@ def blocked(draw):
 
 
 def round_trip(x, kept, encoding):
-    arrays = encode(x, kept, encoding)
+    arrays = encoding.encode(x, kept)
     assert arrays[VALUES].dtype == x.dtype and arrays[VALUES].flags.c_contiguous
-    assert_same_bits(decode(arrays, encoding, x.shape), x)
-    assert sum(a.nbytes for a in arrays.values()) == stored_bytes(x, kept, encoding)
+    assert_same_bits(encoding.decode(arrays, x.shape), x)
+    assert sum(a.nbytes for a in arrays.values()) == encoding.nbytes(kept, x.itemsize)
     if not isinstance(encoding, Dense):
-        positions, values = compression.stored(arrays, encoding, x.shape)
+        positions, values = encoding.stored(arrays, x.shape)
         found = np.zeros(x.size, bool)
         found[positions] = True
         assert_same_bits(x.reshape(-1)[positions], values)
@@ -148,7 +140,7 @@ def test_whatever_is_chosen_is_exact_and_no_larger_than_dense(case, exactly, sma
     x, kept = case
     encoding = choose(x, kept, exactly=exactly, smallest=smallest)
     found = round_trip(x, kept, encoding)
-    assert stored_bytes(x, kept, encoding) <= x.nbytes
+    assert encoding.nbytes(kept, x.itemsize) <= x.nbytes
     if found is not None and exactly:
         np.testing.assert_array_equal(found, kept)
 
@@ -158,7 +150,7 @@ def test_whatever_is_chosen_is_exact_and_no_larger_than_dense(case, exactly, sma
 def test_csr_is_scipys(case):
     x, kept = case
     rows = kept.reshape(-1, kept.shape[-1])
-    ours = encode(x, kept, CSR())
+    ours = CSR().encode(x, kept)
     theirs = scipy.sparse.csr_matrix(rows)
     np.testing.assert_array_equal(ours["indices"], theirs.indices)
     np.testing.assert_array_equal(ours["indptr"], theirs.indptr)
@@ -174,41 +166,41 @@ def test_csr_by_hand():
     x = np.array([[0, 5, 0, 7], [0, 0, 0, 0], [0, 0, 3, 0]], np.float32)
     kept = x != 0
     kept[1, 3] = True  # a weight that has just grown
-    arrays = encode(x, kept, CSR())
+    arrays = CSR().encode(x, kept)
     assert arrays[VALUES].tolist() == [5, 7, 0, 3]
     assert arrays["indices"].tolist() == [1, 3, 3, 2]
     assert arrays["indptr"].tolist() == [0, 2, 3, 4]
     assert arrays["indices"].dtype == arrays["indptr"].dtype == np.uint8
     # four values of 4 bytes, four indices and four row starts of one
-    assert stored_bytes(x, kept, CSR()) == 4 * 4 + 4 + 4
+    assert CSR().nbytes(kept, x.itemsize) == 4 * 4 + 4 + 4
 
 
 def test_index_types_are_the_smallest_that_hold_the_numbers():
     for columns, dtype in ((256, np.uint8), (257, np.uint16)):
         kept = np.zeros((300, columns), bool)
         kept[:, -1] = True
-        index = CSR().index(kept)
+        index = CSR().encode(kept, kept)
         assert index["indices"].dtype == dtype and index["indices"].max() == columns - 1
         assert index["indptr"].dtype == np.uint16 and index["indptr"][-1] == 300
-    assert Blocks(block=(1, 1)).index(kept)["indices"].dtype == np.uint32
+    assert Blocks(block=(1, 1)).encode(kept, kept)["indices"].dtype == np.uint32
 
 
 def test_two_of_four_by_hand():
     # a kernel [in 8, out 2], 2:4 along in
     x = np.array([[1, 0], [0, 2], [3, 4], [0, 0], [0, 0], [0, 0], [5, 6], [7, 8]], np.float32)
     kept = x != 0
-    arrays = encode(x, kept, NM(n=2, m=4, axis=0))
+    arrays = NM(n=2, m=4, axis=0).encode(x, kept)
     assert arrays[VALUES].tolist() == [[1, 3, 5, 7], [2, 4, 6, 8]]
     # output 0: 0, 2 | 2, 3; output 1: 1, 2 | 2, 3; the first in the lowest bits
     assert arrays["indices"].tolist() == [0b11_10_10_00, 0b11_10_10_01]
-    assert stored_bytes(x, kept, NM(n=2, m=4, axis=0)) == 8 * 4 + 2
+    assert NM(n=2, m=4, axis=0).nbytes(kept, x.itemsize) == 8 * 4 + 2
     assert choose(x, kept) == NM(n=2, m=4, axis=0)
 
 
 def test_indices_of_three_bits_run_on_over_bytes():
     kept = np.zeros((1, 24), bool)
     kept[0, [5, 8 + 3, 16 + 7]] = True
-    index = NM(n=1, m=8, axis=1).index(kept)
+    index = NM(n=1, m=8, axis=1).encode(kept, kept)
     # 101, 011, 111 from the lowest bit on
     assert index["indices"].tolist() == [0b11_011_101, 0b1]
 
@@ -224,9 +216,9 @@ def test_a_group_with_less_than_n_is_filled_up_where_that_is_allowed():
     x = np.array([[0, 0, 0, 9, 0, 1, 2, 0]], np.float32)
     kept, encoding = x != 0, NM(n=2, m=4, axis=1)
     assert not encoding.fits(kept) and encoding.fits(kept, exactly=False)
-    arrays = encode(x, kept, encoding)
+    arrays = encoding.encode(x, kept)
     assert arrays[VALUES].tolist() == [[0, 9, 1, 2]]
-    assert_same_bits(decode(arrays, encoding, x.shape), x)
+    assert_same_bits(encoding.decode(arrays, x.shape), x)
     pattern = "NByM(n=2, m=4, axis=-1)"
     assert choose(x, kept, exactly=False, pattern=pattern) == encoding
     # looked for, the smallest is taken
@@ -243,18 +235,18 @@ def test_blocks_by_hand():
     x[2, 4] = 5
     kept = x != 0
     encoding = Blocks(block=(2, 2))
-    arrays = encode(x, kept, encoding)
+    arrays = encoding.encode(x, kept)
     assert arrays["indices"].tolist() == [1, 5]
     assert arrays[VALUES].tolist() == [[[1, 2], [3, 4]], [[5, 0], [0, 0]]]
-    assert_same_bits(decode(arrays, encoding, x.shape), x)
-    assert stored_bytes(x, kept, encoding) == 8 * 4 + 2
+    assert_same_bits(encoding.decode(arrays, x.shape), x)
+    assert encoding.nbytes(kept, x.itemsize) == 8 * 4 + 2
     kept[0, 2] = False
     assert not encoding.fits(kept)
 
 
 def test_a_bit_mask_by_hand():
     x = np.array([[0, 1, 0, 2, 3], [0, 0, 0, 4, 0]], np.float32)
-    arrays = encode(x, x != 0, Bitmask())
+    arrays = Bitmask().encode(x, x != 0)
     assert arrays["mask"].tolist() == [0b00011010, 0b01]
     assert arrays[VALUES].tolist() == [1, 2, 3, 4]
 
@@ -264,7 +256,7 @@ def test_minus_zero_and_nan_payloads_survive():
     kept = bits(x) != 0
     assert kept.tolist() == [[True, False, True, True]]
     for encoding in (CSR(), Bitmask()):
-        assert_same_bits(decode(encode(x, kept, encoding), encoding, x.shape), x)
+        assert_same_bits(encoding.decode(encoding.encode(x, kept), x.shape), x)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +394,7 @@ def test_what_it_takes_to_choose_and_encode(pattern, exactly, density):
         encoding = choose(x, kept, exactly=exactly, pattern=pattern)
         chosen = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        encode(x, kept, encoding)
+        encoding.encode(x, kept)
         encoded = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -411,7 +403,7 @@ def test_what_it_takes_to_choose_and_encode(pattern, exactly, density):
 
 def test_bounds_by_hand():
     def bound(encoding, shape, kept):
-        return compression.bound_bytes(encoding, shape, kept, 4)
+        return encoding.bound_bytes(shape, kept, 4)
 
     assert bound(CSR(), (2, 4), 2) == 8 + math.ceil(math.log2(28) / 8)
     # 16 groups of log2(6) bits
@@ -433,10 +425,10 @@ def test_bounds_by_hand():
 )
 def test_damaged_csr_is_told(change, message):
     x = np.arange(20, dtype=np.float32).reshape(4, 5)
-    arrays = encode(x, x > 7, CSR())
+    arrays = CSR().encode(x, x > 7)
     change(arrays)
     with pytest.raises(ValueError, match=message):
-        decode(arrays, CSR(), x.shape)
+        CSR().decode(arrays, x.shape)
 
 
 def test_damaged_others_are_told():
@@ -452,16 +444,16 @@ def test_damaged_others_are_told():
         (Dense(), "values", lambda a: a[:2], "values contradict"),
     ]
     for encoding, name, change, message in cases:
-        arrays = encode(kept_by_mask(x, kept), kept, encoding)
+        arrays = encoding.encode(kept_by_mask(x, kept), kept)
         arrays[name] = change(arrays[name])
         with pytest.raises(ValueError, match=message):
-            decode(arrays, encoding, x.shape)
+            encoding.decode(arrays, x.shape)
     two = NM(n=2, m=4, axis=0)
     arrays = {VALUES: np.zeros((1, 2), np.float32), "indices": np.zeros(1, np.uint8)}
     with pytest.raises(ValueError, match="several values"):
-        decode(arrays, two, (4, 1))
+        two.decode(arrays, (4, 1))
     with pytest.raises(ValueError, match="can't be 2:4 along axis 0"):
-        decode(arrays, two, (5, 1))
+        two.decode(arrays, (5, 1))
 
 
 def test_fields_of_an_encoding_are_checked():

@@ -18,7 +18,7 @@ import pytest
 from jax.experimental import sparse
 from safetensors.numpy import load_file, save_file
 
-from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense
+from t5x_sparsity.artifacts.encodings import CSR, NM, Bitmask, Blocks, Dense, from_dict
 from t5x_sparsity.artifacts.export import ExportError, export, load_export
 from t5x_sparsity.artifacts.tensor_files import Reader, Writer
 from t5x_sparsity.embedded import network
@@ -39,6 +39,10 @@ def checkpoint(weights, kept=None, record=None, step=7):
 def same_bits(a, b):
     kind = f"u{b.dtype.itemsize}"
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(kind), b.view(kind))
+
+
+def encoding(exported):
+    return from_dict(exported["encoding"], exported)
 
 
 def random(shape, dtype=np.float32, seed=0):
@@ -101,7 +105,7 @@ def test_a_dense_export_needs_only_safetensors(tmp_path, model):
         assert same_bits(loaded[p], x), p
     for p, mask in kept.items():
         assert not np.any(loaded[p].view(f"u{loaded[p].itemsize}")[~mask])
-    assert done.file_bytes == path.stat().st_size and done.step == 7
+    assert done["file_bytes"] == path.stat().st_size and done["step"] == 7
     metadata = Reader(path).metadata
     assert metadata["format"] == "t5x_sparsity.dense" and metadata["version"] == "1"
     assert metadata["step"] == "7" and metadata["producer"].startswith("t5x_sparsity ")
@@ -116,12 +120,12 @@ def test_a_dense_export_needs_only_safetensors(tmp_path, model):
 def test_a_compressed_export_is_exact_in_every_encoding(tmp_path, model):
     weights, kept, _ = model
     path = tmp_path / "x.safetensors"
-    done = {w.path: w for w in export(checkpoint(*model), path, format="compressed").weights}
+    done = {w["path"]: w for w in export(checkpoint(*model), path, format="compressed")["weights"]}
     loaded = load_export(path, flat=True)
     assert list(loaded) == list(weights)
     for p, x in weights.items():
         assert same_bits(loaded[p], x), p
-    encodings = {p.split("/")[1]: w.encoding for p, w in done.items()}
+    encodings = {p.split("/")[1]: encoding(w) for p, w in done.items()}
     assert encodings == {
         "csr": CSR(),
         "half": CSR(),
@@ -137,20 +141,22 @@ def test_a_compressed_export_is_exact_in_every_encoding(tmp_path, model):
         "dense": Dense(),
         "steps": Dense(),
     }
-    assert all(w.exported_bytes <= w.dense_bytes for w in done.values())
+    assert all(w["exported_bytes"] <= w["dense_bytes"] for w in done.values())
     # by hand: 192 values of 4 bytes and as many indices of 2 bits
-    assert done["decoder/nm/kernel"].exported_bytes == 192 * 4 + 192 // 4
+    assert done["decoder/nm/kernel"]["exported_bytes"] == 192 * 4 + 192 // 4
     tensors = load_file(path)
-    assert sum(x.nbytes for x in tensors.values()) == sum(w.exported_bytes for w in done.values())
+    assert sum(x.nbytes for x in tensors.values()) == sum(
+        w["exported_bytes"] for w in done.values()
+    )
     assert tensors["decoder/nm/kernel.values"].shape == (24, 8)
     found = load_export(path, "masks", flat=True)
     assert found.keys() == kept.keys() - {"decoder/nearly/kernel"}
     for p, mask in found.items():
         np.testing.assert_array_equal(mask, kept[p], err_msg=p)
-    assert done["decoder/nearly/kernel"].note == (
+    assert done["decoder/nearly/kernel"]["note"] == (
         "stays dense, as no encoding is smaller; its mask isn't exported"
     )
-    assert [p for p, w in done.items() if w.note] == ["decoder/nearly/kernel"]
+    assert [p for p, w in done.items() if w["note"]] == ["decoder/nearly/kernel"]
 
 
 def test_smallest_takes_bit_masks(tmp_path, model):
@@ -158,11 +164,11 @@ def test_smallest_takes_bit_masks(tmp_path, model):
     path = tmp_path / "x.safetensors"
     plain = export(checkpoint(*model), path, format="compressed")
     small = export(checkpoint(*model), path, format="compressed", smallest=True, overwrite=True)
-    kinds = {w.path.split("/")[1]: w.encoding for w in small.weights}
+    kinds = {w["path"].split("/")[1]: encoding(w) for w in small["weights"]}
     assert kinds["csr"] == kinds["most"] == Bitmask() and kinds["nm"] == NM(n=2, m=4, axis=0)
-    for a, b in zip(plain.weights, small.weights, strict=True):
-        assert b.exported_bytes <= a.exported_bytes
-        assert b.exported_bytes >= b.bound_bytes
+    for a, b in zip(plain["weights"], small["weights"], strict=True):
+        assert b["exported_bytes"] <= a["exported_bytes"]
+        assert b["exported_bytes"] >= b["bound_bytes"]
     for p, x in load_export(path, flat=True).items():
         assert same_bits(x, weights[p]), p
 
@@ -251,7 +257,7 @@ def test_weights_of_other_dtypes(tmp_path, dtype):
     weights = {"a": np.where(kept, random((32, 64)).astype(dtype), np.zeros((), dtype))}
     path = tmp_path / "x.safetensors"
     done = export(checkpoint(weights, {"a": kept}), path, format="compressed")
-    assert done.weights[0].encoding == CSR()
+    assert encoding(done["weights"][0]) == CSR()
     assert same_bits(load_export(path)["a"], weights["a"])
 
 
@@ -265,13 +271,13 @@ def test_without_masks_zeros_are_found(tmp_path, model):
     weights, _, record = model
     path = tmp_path / "x.safetensors"
     done = export(checkpoint(weights), path, format="compressed")
-    kinds = {w.path.split("/")[1]: w.encoding for w in done.weights}
+    kinds = {w["path"].split("/")[1]: encoding(w) for w in done["weights"]}
     assert kinds["nm"] == NM(n=2, m=4, axis=0) and kinds["channels"] == Blocks(block=(24, 1))
     assert kinds["most"] == CSR()  # as inspect: any zero of a matrix counts
     assert kinds["nearly"] == kinds["norm"] == Dense()  # nothing is smaller; no matrix
-    assert not any(w.has_mask for w in done.weights)
+    assert not any(w["mask"] for w in done["weights"])
     # the -0.0 of a weight just grown can't be told from a pruned one's
-    assert {w.path: w.note for w in done.weights if w.note} == {
+    assert {w["path"]: w["note"] for w in done["weights"] if w["note"]} == {
         "decoder/csr/kernel": "1 of its pruned zeros are -0.0; their sign isn't kept"
     }
     for p, x in load_export(path, flat=True).items():
@@ -286,7 +292,7 @@ def test_what_a_mask_prunes_but_is_not_zero_is_exported(tmp_path):
     weights["a"][tuple(i[:2] for i in np.nonzero(~kept["a"]))] = [-1, 3]
     path = tmp_path / "x.safetensors"
     done = export(checkpoint(weights, kept), path, format="compressed")
-    assert done.weights[0].note == "2 weights that its mask prunes aren't 0; it isn't kept"
+    assert done["weights"][0]["note"] == "2 weights that its mask prunes aren't 0; it isn't kept"
     assert same_bits(load_export(path)["a"], weights["a"])
     assert load_export(path, "masks").keys() == {"b"}
 
@@ -300,19 +306,19 @@ def test_a_weight_pruned_by_multiplication(tmp_path, dtype, has_mask):
     signed = np.count_nonzero(np.signbit(x) & ~kept)
     path = tmp_path / "x.safetensors"
     many = checkpoint({"a": x}, {"a": kept} if has_mask else None)
-    (done,) = export(many, path, format="compressed").weights
+    (done,) = export(many, path, format="compressed")["weights"]
     if dtype != ml_dtypes.float8_e5m2:
-        assert done.encoding == CSR() and done.exported_bytes < 0.5 * x.nbytes
-    assert done.kept == kept.sum() and done.has_mask == has_mask
-    assert done.note == f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
+        assert encoding(done) == CSR() and done["exported_bytes"] < 0.5 * x.nbytes
+    assert done["kept"] == kept.sum() and done["mask"] == has_mask
+    assert done["note"] == f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept"
     np.testing.assert_array_equal(load_export(path)["a"], x)
     bcoo = load_export(path, "bcoo")["a"]
     np.testing.assert_array_equal(
         np.ravel_multi_index(bcoo.indices.T, x.shape), np.flatnonzero(kept)
     )
     # a dense file has the checkpoint's bits
-    (done,) = export(many, path, overwrite=True).weights
-    assert same_bits(load_export(path)["a"], x) and done.kept == kept.sum() and not done.note
+    (done,) = export(many, path, overwrite=True)["weights"]
+    assert same_bits(load_export(path)["a"], x) and done["kept"] == kept.sum() and not done["note"]
     assert load_export(path, "bcoo")["a"].nse == kept.sum()
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from meshes import quick_jit
 
 import t5x_sparsity as ts
-from t5x_sparsity.artifacts import kept_bits, structure
+from t5x_sparsity.artifacts import structure
+from t5x_sparsity.artifacts.checkpoint import sparsity
 from t5x_sparsity.artifacts.found_patterns import PatternFinder
-from t5x_sparsity.artifacts.kept_bits import KeptBits
+from t5x_sparsity.artifacts.structure import KeptBits
 from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 from t5x_sparsity.core.selection import Choice, select_masks
 
@@ -21,7 +23,7 @@ from t5x_sparsity.core.selection import Choice, select_masks
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch):
     """Matrices of a test are of several bands, too."""
-    monkeypatch.setattr(kept_bits, "_BAND", 16)
+    monkeypatch.setattr(structure, "_BAND", 16)
 
 
 def find(*slices, output_axes=1, expected=None):
@@ -32,7 +34,7 @@ def find(*slices, output_axes=1, expected=None):
         bits = KeptBits(mask.shape, output_axes)
         bits.add(np.asarray(mask, bool))
         finder.add(bits)
-    return finder.result()
+    return SimpleNamespace(**finder.result())
 
 
 def matrix(text):
@@ -77,7 +79,7 @@ def test_by_hand(drawn, pattern, dead):
         assert (found.dead_rows, found.dead_columns) == dead
     mask = matrix(drawn)
     assert (found.size, found.kept) == (mask.size, mask.sum())
-    assert found.sparsity == 1 - mask.mean()
+    assert sparsity(found.kept, found.size) == 1 - mask.mean()
 
 
 def test_the_tightest_n_by_m_is_found():
@@ -253,7 +255,9 @@ def test_parts_make_the_whole(data):
         bits.add(mask[at], at)
     flat = mask.reshape(bits.rows, bits.columns)
     np.testing.assert_array_equal(bits.band(0, bits.rows), flat)
-    np.testing.assert_array_equal(np.concatenate(list(bits.bands(3))), flat)
+    np.testing.assert_array_equal(
+        np.concatenate([bits.band(*span) for span in bits.spans(multiple=3)]), flat
+    )
     assert bits.size == mask.size
 
 
@@ -317,4 +321,4 @@ def test_a_pattern_that_is_not_known_is_not_compared_with(text):
 
 def test_matrices_without_weights_have_no_pattern():
     found = find(np.zeros((0, 4)), np.zeros((0, 4)))
-    assert (found.size, found.sparsity, found.pattern) == (0, 0.0, "dense")
+    assert (found.size, sparsity(found.kept, found.size), found.pattern) == (0, 0.0, "dense")

@@ -2,8 +2,7 @@
 
 import pytest
 
-from t5x_sparsity.artifacts.gin_values import macros_in
-from t5x_sparsity.artifacts.macros import OF_A_RUN, shown_macros, sparsity_macros
+from t5x_sparsity.artifacts.macros import OF_A_RUN, macros_in, shown_macros, sparsity_macros
 
 
 def test_a_macro_has_its_comment_and_its_default_in_every_file():

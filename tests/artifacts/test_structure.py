@@ -1,17 +1,18 @@
 """What inspect names is what export stores: one finder serves both."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_sparsity.artifacts import kept_bits
+from t5x_sparsity.artifacts import structure
 from t5x_sparsity.artifacts.compression import choose, find
 from t5x_sparsity.artifacts.encodings import CSR, NM, Blocks
 from t5x_sparsity.artifacts.found_patterns import PatternFinder
-from t5x_sparsity.artifacts.kept_bits import KeptBits, slices_of
+from t5x_sparsity.artifacts.structure import KeptBits, slices_of
 from t5x_sparsity.core.matrix_axes import matrix_axes
 
 
@@ -22,7 +23,7 @@ def inspected(kept, stack_axes=(), names=None):
         one = KeptBits(bits.shape, len(axes.outputs))
         one.add(bits.mask())
         finder.add(one)
-    return finder.result()
+    return SimpleNamespace(**finder.result(), axes=axes)
 
 
 @st.composite
@@ -135,6 +136,6 @@ def test_bands_make_no_difference(monkeypatch):
     rng = np.random.default_rng(0)
     kept = np.kron(rng.random((8, 6)) < 0.4, np.ones((3, 5), bool)) > 0
     whole = find(kept)
-    monkeypatch.setattr(kept_bits, "_BAND", 16)
+    monkeypatch.setattr(structure, "_BAND", 16)
     assert find(kept) == whole == [Blocks(block=(3, 5))]
     assert find(rng.random((64, 48)) < 0.3) == [] and CSR().fits(kept)

@@ -5,7 +5,7 @@ import tiny_t5
 from command_runs import environment
 from forked_commands import run_code, run_module
 
-from t5x_sparsity.artifacts.gin_values import check_bindings
+from t5x_sparsity.artifacts.macros import check_bindings
 
 
 def train(*arguments, cwd=tiny_t5.ROOT):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 
-from t5x_sparsity.artifacts.checkpoint import Checkpoint, open_checkpoint
-from t5x_sparsity.artifacts.checkpoint_folders import CheckpointError
+from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from t5x_sparsity.commands import CommandError, one_line
-from t5x_sparsity.commands.inspect.comparison import ComparisonReport
+from t5x_sparsity.commands.inspect import comparison, report
 from t5x_sparsity.commands.inspect.options import InspectOptions
-from t5x_sparsity.commands.inspect.report import Report
-from t5x_sparsity.commands.inspect.weights import compare, look_at
+from t5x_sparsity.commands.inspect.weights import Facts, compare, look_at
 from t5x_sparsity.commands.output import progress
 
 
@@ -23,35 +23,38 @@ def run(options: InspectOptions) -> int:
     try:
         checkpoint = open_checkpoint(options.checkpoint)
         if options.compare is None:
-            report = _inspect(checkpoint)
+            found = report.describe(checkpoint, _facts(checkpoint))
         else:
-            report = _compare(checkpoint, open_checkpoint(options.compare))
-        if options.json:
-            text = json.dumps(report.as_dict(), indent=1, allow_nan=False)
-        else:
-            text = report.as_text(all_weights=options.all)
+            other = open_checkpoint(options.compare)
+            sums = _sums(checkpoint, other)
+            found = comparison.describe(checkpoint, other, sums)
     except (CheckpointError, OSError) as e:
         raise CommandError(one_line(e)) from e
+    if options.json:
+        text = json.dumps(found, indent=1, allow_nan=False)
+    elif options.compare is None:
+        text = report.as_text(found, all_weights=options.all)
+    else:
+        text = comparison.as_text(found, sums, all_weights=options.all)
     print(text)
     return 0
 
 
-def _inspect(checkpoint: Checkpoint) -> Report:
+def _facts(checkpoint: Checkpoint) -> Sequence[Facts]:
     weights = sorted(checkpoint.weights.items())
     with progress("reading", sum(w.array.nbytes for _, w in weights)) as done:
-        facts = [look_at(weight, done) for _, weight in weights]
-    return Report(checkpoint=checkpoint, weights=facts)
+        return [look_at(weight, done) for _, weight in weights]
 
 
-def _compare(a: Checkpoint, b: Checkpoint) -> ComparisonReport:
+def _sums(a: Checkpoint, b: Checkpoint) -> dict[str, Counter]:
+    """Sums over each weight that both have, in one shape."""
     common = sorted(a.weights.keys() & b.weights.keys())
     pairs = [(a.weights[p], b.weights[p]) for p in common]
     fitting = [(x, y) for x, y in pairs if x.array.shape == y.array.shape]
     if not fitting:
         raise CommandError(_nothing_in_common(a, b, common))
     with progress("comparing", sum(x.array.nbytes for x, _ in fitting)) as done:
-        weights = [compare(x, y, done) for x, y in fitting]
-    return ComparisonReport(checkpoint=a, other=b, weights=weights)
+        return {x.path: compare(x, y, done) for x, y in fitting}
 
 
 def _nothing_in_common(a: Checkpoint, b: Checkpoint, common: list[str]) -> str:

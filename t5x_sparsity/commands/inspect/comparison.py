@@ -1,139 +1,95 @@
-"""What `t5x-sparsity inspect --compare` prints of two checkpoints."""
+"""What `t5x-sparsity inspect --compare` says of two checkpoints, A and B."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint
-from t5x_sparsity.commands.inspect.report import (
-    LAYOUTS,
-    SHOWN,
-    count,
-    made_by,
-    shape_text,
-    skipped,
-)
-from t5x_sparsity.commands.inspect.weights import Comparison, total
+from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
+from t5x_sparsity.commands.inspect.report import LAYOUTS, SHOWN, made_by, skipped
+from t5x_sparsity.commands.inspect.weights import Facts, comparison
 from t5x_sparsity.core.names import first_few
-from t5x_sparsity.monitoring.text_table import text_table
+
+_COLUMNS = (
+    ("weight", "path", ""),
+    ("weights", "size", ","),
+    ("kept in A", "kept", ","),
+    ("kept in B", "other_kept", ","),
+    ("overlap", "overlap", ".2%"),
+    ("kept of A", "share_kept", ".2%"),
+    ("churn", "churn", ".2%"),
+    ("moved", "change", ".4g"),
+)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparisonReport:
-    """Two checkpoints, A and B.
-
-    Attributes:
-      checkpoint: A, as it was opened.
-      other: B.
-      weights: those that both have, in one shape.
-    """
-
-    checkpoint: Checkpoint
-    other: Checkpoint
-    weights: Sequence[Comparison]
-
-    @property
-    def sparse(self) -> list[Comparison]:
-        """The weights of which either prunes some."""
-        return [w for w in self.weights if w.is_sparse]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For programs."""
-        return {
-            "checkpoint": made_by(self.checkpoint),
-            "other": made_by(self.other),
-            "weights": [_comparison_dict(w) for w in self.weights],
-            "total": {
-                "sparse": _comparison_dict(total(self.sparse)),
-                "all": _comparison_dict(total(self.weights)),
-            },
-            "only_in_checkpoint": self._only_in(self.checkpoint),
-            "only_in_other": self._only_in(self.other),
-            "other_shape": {p: [list(a), list(b)] for p, (a, b) in self._other_shape().items()},
-            "notes": self._notes(),
-        }
-
-    def as_text(self, *, all_weights: bool) -> str:
-        """For a person."""
-        head = "\n".join(
-            f"{name}: {c.path}: step {c.step:,}, {LAYOUTS[c.layout]} layout, {_method(c)}"
-            for name, c in (("A", self.checkpoint), ("B", self.other))
-        )
-        lines = []
-        if not self.sparse:
-            lines.append("Neither prunes any of the weights that both have.")
-        for title, names in (
-            ("Only in A", self._only_in(self.checkpoint)),
-            ("Only in B", self._only_in(self.other)),
-            (
-                "Of another shape, and left out",
-                [
-                    f"{p} ({shape_text(a)}, {shape_text(b)})"
-                    for p, (a, b) in self._other_shape().items()
-                ],
-            ),
-        ):
-            if names:
-                lines.append(f"{title}: {first_few(names, SHOWN)}.")
-        parts = [head, self._table(all_weights), "\n".join([*lines, *self._notes()])]
-        return "\n\n".join(p for p in parts if p)
-
-    def _only_in(self, checkpoint: Checkpoint) -> list[str]:
-        other = self.other if checkpoint is self.checkpoint else self.checkpoint
-        return sorted(checkpoint.weights.keys() - other.weights.keys())
-
-    def _other_shape(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Path -> shapes in A and in B, of the weights whose shapes differ."""
-        a, b = self.checkpoint.weights, self.other.weights
-        shapes = {p: (a[p].array.shape, b[p].array.shape) for p in sorted(a.keys() & b.keys())}
-        return {p: (here, there) for p, (here, there) in shapes.items() if here != there}
-
-    def _notes(self) -> list[str]:
-        return [*skipped(self.checkpoint), *skipped(self.other)]
-
-    def _table(self, all_weights: bool) -> str:
-        rows = [_comparison_row(w) for w in self.weights if w.is_sparse or all_weights]
-        dense = [w for w in self.weights if not w.is_sparse]
-        if dense and not all_weights:
-            name = count(len(dense), "dense weight")
-            rows.append(_comparison_row(total(dense), name))
-        if self.sparse and dense:
-            rows.append(_comparison_row(total(self.sparse), "total, sparse"))
-        rows.append(_comparison_row(total(self.weights), "total"))
-        headers = (
-            "weight", "weights", "kept in A", "kept in B", "overlap", "kept of A", "churn", "moved",
-        )  # fmt: skip
-        return text_table(rows, headers=headers, align="lrrrrrrr")
+def describe(a: Checkpoint, b: Checkpoint, sums: Mapping[str, Counter]) -> Facts:
+    """All that is said of two checkpoints, from the sums of the weights that fit, by path."""
+    weights = [comparison(p, a.weights[p].array.shape, [s]) for p, s in sums.items()]
+    sparse = [sums[w["path"]] for w in weights if w["is_sparse"]]
+    shapes = {
+        p: [list(c.weights[p].array.shape) for c in (a, b)]
+        for p in sorted(a.weights.keys() & b.weights.keys())
+    }
+    return {
+        "checkpoint": made_by(a),
+        "other": made_by(b),
+        "weights": weights,
+        "total": {
+            "sparse": comparison("total", (), sparse),
+            "all": comparison("total", (), sums.values()),
+        },
+        "only_in_checkpoint": sorted(a.weights.keys() - b.weights.keys()),
+        "only_in_other": sorted(b.weights.keys() - a.weights.keys()),
+        "other_shape": {p: [x, y] for p, (x, y) in shapes.items() if x != y},
+        "notes": [*skipped(a), *skipped(b)],
+    }
 
 
-def _comparison_row(w: Comparison, name: str | None = None) -> tuple[str, ...]:
-    def share(x):
-        return "-" if x is None else f"{x:.2%}"
-
-    shares = (w.overlap, w.share_kept, w.churn)
-    return (
-        name or w.path,
-        f"{w.size:,}",
-        f"{w.kept:,}",
-        f"{w.other_kept:,}",
-        *(share(x) if w.is_sparse else "" for x in shares),
-        "-" if w.change is None else f"{w.change:.4g}",
+def as_text(found: Facts, sums: Mapping[str, Counter], *, all_weights: bool) -> str:
+    """The report for a person."""
+    head = "\n".join(
+        f"{name}: {c['path']}: step {c['step']:,}, {LAYOUTS[c['layout']]} layout, {_method(c)}"
+        for name, c in (("A", found["checkpoint"]), ("B", found["other"]))
     )
+    lines = []
+    if not any(w["is_sparse"] for w in found["weights"]):
+        lines.append("Neither prunes any of the weights that both have.")
+    reshaped = [
+        f"{path} ({', '.join(map(shape_text, shapes))})"
+        for path, shapes in found["other_shape"].items()
+    ]
+    for title, names in (
+        ("Only in A", found["only_in_checkpoint"]),
+        ("Only in B", found["only_in_other"]),
+        ("Of another shape, and left out", reshaped),
+    ):
+        if names:
+            lines.append(f"{title}: {first_few(names, SHOWN)}.")
+    parts = [head, _table(found, sums, all_weights), "\n".join([*lines, *found["notes"]])]
+    return "\n\n".join(p for p in parts if p)
 
 
-def _method(checkpoint: Checkpoint) -> str:
-    if not checkpoint.masked:
+def _table(found: Facts, sums: Mapping[str, Counter], all_weights: bool) -> str:
+    weights, total = found["weights"], found["total"]
+    rows = [w for w in weights if w["is_sparse"] or all_weights]
+    dense = [sums[w["path"]] for w in weights if not w["is_sparse"]]
+    if dense and not all_weights:
+        rows.append(comparison(count(len(dense), "dense weight"), (), dense))
+    if 0 < len(dense) < len(weights):
+        rows.append({**total["sparse"], "path": "total, sparse"})
+    rows.append(total["all"])
+    return fact_table(map(_row, rows), _COLUMNS, align="lrrrrrrr")
+
+
+def _row(w: Facts) -> Facts:
+    """What is no number is '-', and masks are compared only where there are any."""
+    shown = {key: "-" if value is None else value for key, value in w.items()}
+    hidden = () if w["is_sparse"] else ("overlap", "share_kept", "churn")
+    return shown | dict.fromkeys(hidden)
+
+
+def _method(made: Facts) -> str:
+    if not made["masks"]:
         return "no masks"
-    return f"sparse by {', '.join(made_by(checkpoint)['algorithms']) or 'its masks'}"
-
-
-_JSON = (
-    "path", "shape", "size", "kept", "other_kept", "both", "overlap", "share_kept", "churn",
-    "change", "is_sparse",
-)  # fmt: skip
-
-
-def _comparison_dict(w: Comparison) -> dict[str, Any]:
-    return {name: getattr(w, name) for name in _JSON}
+    return f"sparse by {', '.join(made['algorithms']) or 'its masks'}"
