@@ -1,7 +1,6 @@
 """Sparse training algorithms: which weights live, from the first step to the last."""
 
 from t5x_sparsity.algorithms.acdc import ACDC as ACDC
-from t5x_sparsity.algorithms.adam_fisher import AdamFisher as AdamFisher
 from t5x_sparsity.algorithms.common import choose as choose
 from t5x_sparsity.algorithms.common import grown as grown
 from t5x_sparsity.algorithms.common import magnitudes as magnitudes
@@ -10,7 +9,9 @@ from t5x_sparsity.algorithms.common import scheduled_kept as scheduled_kept
 from t5x_sparsity.algorithms.common import start_scores as start_scores
 from t5x_sparsity.algorithms.decaying_mask import DecayingMask as DecayingMask
 from t5x_sparsity.algorithms.decaying_mask import StructureDecay as StructureDecay
+from t5x_sparsity.algorithms.drop_and_grow import MEST as MEST
 from t5x_sparsity.algorithms.drop_and_grow import SET as SET
+from t5x_sparsity.algorithms.drop_and_grow import SNFS as SNFS
 from t5x_sparsity.algorithms.drop_and_grow import DropAndGrow as DropAndGrow
 from t5x_sparsity.algorithms.drop_and_grow import RigL as RigL
 from t5x_sparsity.algorithms.fixed import Dense as Dense
@@ -22,9 +23,8 @@ from t5x_sparsity.algorithms.gradual import Magnitude as Magnitude
 from t5x_sparsity.algorithms.gradual import RandomPruning as RandomPruning
 from t5x_sparsity.algorithms.granet import GraNet as GraNet
 from t5x_sparsity.algorithms.iterative_nm import IterativeNM as IterativeNM
-from t5x_sparsity.algorithms.mest import MEST as MEST
+from t5x_sparsity.algorithms.saliency import AdamFisher as AdamFisher
 from t5x_sparsity.algorithms.saliency import Saliency as Saliency
-from t5x_sparsity.algorithms.snfs import SNFS as SNFS
 from t5x_sparsity.algorithms.srigl import SRigL as SRigL
 from t5x_sparsity.algorithms.straight_through import SRSTE as SRSTE
 from t5x_sparsity.algorithms.straight_through import MagnitudeSTE as MagnitudeSTE

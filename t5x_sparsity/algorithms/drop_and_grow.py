@@ -16,7 +16,8 @@ from t5x_sparsity.algorithms.common import (
     random_scores,
     start_scores,
 )
-from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Update
+from t5x_sparsity.core.checks import check_not_negative, check_share
+from t5x_sparsity.core.contract import Algorithm, Arrays, Need, Plan, Slots, Update
 from t5x_sparsity.core.schedules import Cosine, UpdateSchedule, ValueSchedule
 
 
@@ -109,3 +110,73 @@ class SET(DropAndGrow):
     The paper prunes a fixed fraction of the smallest positive and the largest negative weights at
     every epoch. Here, as in later work, the smallest |w| are dropped at the schedule's steps.
     """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SNFS(DropAndGrow):
+    """Sparse networks from scratch: grows where the momentum of the gradient is largest.
+
+    Dettmers & Zettlemoyer 2019, arXiv:1907.04840, section 3. m <- momentum m + (1 - momentum) g is
+    stored dense, one float32 per weight, separately from the optimizer's momentum. The paper also
+    moves weights between layers, by their mean momentum. Here, as in RigL's comparison, the number
+    of weights of each layer is constant.
+
+    Attributes:
+      momentum: of the running mean, in [0, 1).
+
+    Raises:
+      ValueError: a momentum out of range.
+    """
+
+    momentum: float = 0.9
+
+    dense_gradients = Need.ALWAYS
+
+    def __post_init__(self) -> None:
+        check_share("momentum (MOMENTUM)", self.momentum, closed=False)
+
+    def initial_slots(self, plan: Plan, weights: Arrays, masks: Arrays) -> dict[str, Arrays]:
+        return {"momentum": {p: jnp.zeros(x.shape, jnp.float32) for p, x in plan.items()}}
+
+    def observe(self, plan: Plan, update: Update) -> Slots:
+        def moved(mean: jax.Array, grad: jax.Array) -> jax.Array:
+            grad = grad.astype(jnp.float32)
+            # a single gradient that is not finite would stay in the mean forever
+            grad = jnp.where(jnp.isfinite(grad), grad, mean)
+            return self.momentum * mean + (1 - self.momentum) * grad
+
+        mean = update.slots["momentum"]
+        return {"momentum": {p: moved(mean[p], update.grads[p]) for p in plan}}
+
+    def grow_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return magnitudes(plan, update.slots["momentum"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MEST(DropAndGrow):
+    """Drops by |w| + gradient_weight |g|, grows at random (Yuan et al. 2021, arXiv:2110.14032).
+
+    The paper's elastic mutation: the share that is swapped decreases over training. g is the
+    gradient of the update's step. The authors' released code leaves the gradient's weight at 0,
+    which is SET. The paper's soft memory bound, which has more weights than the target between
+    updates, is not implemented.
+
+    Attributes:
+      gradient_weight: of |g| in the score, at least 0.
+
+    Raises:
+      ValueError: a negative gradient_weight.
+    """
+
+    gradient_weight: float = 0.01
+
+    dense_gradients = Need.NEVER  # only those of active weights
+
+    def __post_init__(self) -> None:
+        check_not_negative("gradient_weight (GRADIENT_WEIGHT)", self.gradient_weight)
+
+    def drop_scores(self, plan: Plan, update: Update) -> dict[str, jax.Array]:
+        return {
+            p: jnp.abs(w) + self.gradient_weight * jnp.abs(update.grads[p]).astype(w.dtype)
+            for p, w in update.weights.items()
+        }

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.artifacts.checkpoint import absolute, find_checkpoint
+from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.embedded import checkpoints, utils
 
 
