@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from t5x_sparsity import __version__
 from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
 from t5x_sparsity.commands import CommandError, one_line, quiet
+from t5x_sparsity.commands.options import add_command
 from t5x_sparsity.extras import requires
 
 _DESCRIPTION = "Plans sparse runs of T5X, looks into them, and exports their weights."
@@ -105,7 +106,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     parser.add_argument("--version", action="version", version=f"t5x-sparsity {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name in _COMMANDS:
-        importlib.import_module(f"t5x_sparsity.commands.{name}.options").add(commands)
+        module = importlib.import_module(f"t5x_sparsity.commands.{name}.options")
+        add_command(commands, name.replace("_", "-"), **module.COMMAND)
     return parser, commands.choices
 
 

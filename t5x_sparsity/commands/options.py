@@ -5,6 +5,7 @@ Imports the standard library alone, so that help is quick.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -38,7 +39,12 @@ def add_command(commands: Any, name: str, options: type, *, extra: str, **texts:
       extra: of this package, that the command needs, such as 'tools'.
       **texts: help, description and epilog, as `ArgumentParser` takes them.
     """
-    parser = commands.add_parser(name, allow_abbrev=False, **texts)
+    parser = commands.add_parser(
+        name,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the texts
+        **texts,
+    )
     for field in dataclasses.fields(options):
         flags, settings = field.metadata["flags"], dict(field.metadata["settings"])
         if flags:

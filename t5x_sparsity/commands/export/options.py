@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 
-from t5x_sparsity.commands.options import add_command, argument
+from t5x_sparsity.commands.options import argument
 
 _DESCRIPTION = """\
 Writes the weights of a checkpoint, those under target/, to one safetensors file.
@@ -60,15 +59,10 @@ class ExportOptions:
     json: bool = argument("--json", action="store_true", help="print one JSON object")
 
 
-def add(commands) -> None:
-    """Adds the command to those of `t5x-sparsity`."""
-    add_command(
-        commands,
-        "export",
-        ExportOptions,
-        extra="tools",
-        help="write a checkpoint's weights as safetensors, dense or compressed",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+COMMAND = dict(
+    options=ExportOptions,
+    extra="tools",
+    help="write a checkpoint's weights as safetensors, dense or compressed",
+    description=_DESCRIPTION,
+    epilog=_EPILOG,
+)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from t5x_sparsity.commands.options import add_command, argument
+from t5x_sparsity.commands.options import argument
 
 COSTS = ("gradual", "dense", "sparse")
 # No run's weights, tokens or loss are beyond; float64 holds their tenth powers, as the law takes.
@@ -129,15 +129,10 @@ class FitScalingOptions:
     )
 
 
-def add(commands) -> None:
-    """Adds the command to those of `t5x-sparsity`."""
-    add_command(
-        commands,
-        "fit-scaling",
-        FitScalingOptions,
-        extra="tools",
-        help="fit the sparse scaling law to a table of runs",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+COMMAND = dict(
+    options=FitScalingOptions,
+    extra="tools",
+    help="fit the sparse scaling law to a table of runs",
+    description=_DESCRIPTION,
+    epilog=_EPILOG,
+)

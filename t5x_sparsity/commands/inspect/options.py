@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 
-from t5x_sparsity.commands.options import add_command, argument
+from t5x_sparsity.commands.options import argument
 
 _DESCRIPTION = """\
 Shows what a checkpoint's zeros look like, weight by weight: weights kept, sparsity against the
@@ -41,15 +40,10 @@ class InspectOptions:
     all: bool = argument("--all", action="store_true", help="list dense weights too")
 
 
-def add(commands) -> None:
-    """Adds the command to those of `t5x-sparsity`."""
-    add_command(
-        commands,
-        "inspect",
-        InspectOptions,
-        extra="tools",
-        help="show a checkpoint's sparsity, weight by weight, or compare two",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+COMMAND = dict(
+    options=InspectOptions,
+    extra="tools",
+    help="show a checkpoint's sparsity, weight by weight, or compare two",
+    description=_DESCRIPTION,
+    epilog=_EPILOG,
+)

@@ -8,7 +8,12 @@ import os
 from collections.abc import Sequence
 
 from t5x_sparsity.ahead_of_time import TPU_ENVIRONMENT
-from t5x_sparsity.commands.options import add_command, argument
+from t5x_sparsity.commands.options import argument
+
+_DESCRIPTION = """\
+Shows what a run would be, from its gin files, with no data and no weights.
+Takes the flags of the train script. Exit code: 0; 2 if the run can't be planned;
+3 if it doesn't fit the slice."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +63,9 @@ class PlanOptions:
             os.environ.setdefault(key, value)
 
 
-def add(commands) -> None:
-    """Adds the command to those of `t5x-sparsity`."""
-    add_command(
-        commands,
-        "plan",
-        PlanOptions,
-        extra="embedded",
-        help="show what a run would be: weights, FLOPs, memory on a TPU slice",
-        description="Shows what a run would be, from its gin files, with no data and no weights. "
-        "Takes the flags of the train script. Exit code: 0; 2 if the run can't be planned; 3 if it "
-        "doesn't fit the slice.",
-    )
+COMMAND = dict(
+    options=PlanOptions,
+    extra="embedded",
+    help="show what a run would be: weights, FLOPs, memory on a TPU slice",
+    description=_DESCRIPTION,
+)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from t5x_sparsity.commands.options import add_command, argument
+from t5x_sparsity.commands.options import argument
 
 _DESCRIPTION = """\
 Makes one HTML page of what a run did, or of several side by side: loss and sparsity over steps,
@@ -51,15 +50,10 @@ class ReportOptions:
     )
 
 
-def add(commands) -> None:
-    """Adds the command to those of `t5x-sparsity`."""
-    add_command(
-        commands,
-        "report",
-        ReportOptions,
-        extra="tools",
-        help="make one HTML page of one or more runs",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+COMMAND = dict(
+    options=ReportOptions,
+    extra="tools",
+    help="make one HTML page of one or more runs",
+    description=_DESCRIPTION,
+    epilog=_EPILOG,
+)
