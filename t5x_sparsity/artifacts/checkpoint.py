@@ -162,7 +162,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         kind.
     """
     try:
-        folder, layout, skipped = _find(path)
+        folder, layout, skipped = find_checkpoint(path)
         arrays = saved_arrays(folder, layout)
         _check_names(folder, arrays)
         config = _next_to(folder, "config.gin")
@@ -184,7 +184,7 @@ def _is_tensorflow(folder: epath.Path) -> bool:
     return any(p.name.endswith(".index") for p in folder.iterdir())
 
 
-def _find(path: str) -> tuple[epath.Path, str, tuple[str, ...]]:
+def find_checkpoint(path: str) -> tuple[epath.Path, str, tuple[str, ...]]:
     """The folder of a checkpoint, its layout, and names of newer ones that are not complete."""
     path = absolute(path)
     try:

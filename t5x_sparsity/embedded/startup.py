@@ -86,7 +86,7 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
     elif restore.path:
         path = absolute(restore.path)
         if restore.mode == "latest":
-            path = str(find_checkpoint(path).folder)
+            path = str(find_checkpoint(path)[0])
         logging.info("Starting from %s.", path)
         with_dataset, dtype = restore.restore_dataset, restore.dtype
     else:
