@@ -19,10 +19,10 @@ from t5x_sparsity.algorithms.fixed import Static as Static
 from t5x_sparsity.algorithms.global_pruning import GlobalMagnitude as GlobalMagnitude
 from t5x_sparsity.algorithms.global_pruning import GlobalSaliency as GlobalSaliency
 from t5x_sparsity.algorithms.gradual import GradualPruning as GradualPruning
+from t5x_sparsity.algorithms.gradual import IterativeNM as IterativeNM
 from t5x_sparsity.algorithms.gradual import Magnitude as Magnitude
 from t5x_sparsity.algorithms.gradual import RandomPruning as RandomPruning
 from t5x_sparsity.algorithms.granet import GraNet as GraNet
-from t5x_sparsity.algorithms.iterative_nm import IterativeNM as IterativeNM
 from t5x_sparsity.algorithms.saliency import AdamFisher as AdamFisher
 from t5x_sparsity.algorithms.saliency import Saliency as Saliency
 from t5x_sparsity.algorithms.srigl import SRigL as SRigL

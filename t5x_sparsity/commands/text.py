@@ -1,12 +1,19 @@
-"""Numbers and lists as a command shows them. Imports the standard library alone."""
+"""Numbers, names, lists and tables as commands show them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os.path
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from t5x_sparsity.monitoring.text_table import text_table
+
 T = TypeVar("T")
+
+# The header, the key of the facts, and how `format` shows a number.
+Column = tuple[str, str, str]
 
 
 def format_bytes(n: int) -> str:
@@ -31,3 +38,60 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fact_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], align: str) -> str:
+    """A row per dict; text is shown as it is, and nothing where there is no value.
+
+    >>> columns = ("name", "path", ""), ("share", "share", ".1%")
+    >>> print(fact_table([{"path": "a", "share": 0.5}, {"path": "b"}], columns, "lr"))
+    name      share
+    ------  -------
+    a         50.0%
+    b
+    """
+
+    def cell(value: Any, spec: str) -> str:
+        return "" if value is None else value if isinstance(value, str) else format(value, spec)
+
+    cells = [[cell(row.get(key), spec) for _, key, spec in columns] for row in rows]
+    return text_table(cells, headers=[header for header, _, _ in columns], align=align)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape, such as 2x3."""
+    return "x".join(map(str, shape))
+
+
+def count(n: int, what: str) -> str:
+    """How many there are, such as '2 arrays'."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def natural(path: str) -> list[Any]:
+    """A key to sort paths by, with layers_2 before layers_10."""
+    return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path)]
+
+
+def block_of(path: str) -> str:
+    """A path up to the first part with a number in it, such as 'decoder/layers_3'."""
+    parts = path.split("/")
+    numbered = next((i for i, p in enumerate(parts[:-1]) if any(c.isdigit() for c in p)), 0)
+    return "/".join(parts[: numbered + 1])
+
+
+def trim(paths: Sequence[str]) -> list[str]:
+    """Paths without the parts that all begin or end with; at least one part stays of each."""
+    parts = [p.split("/") for p in paths]
+    most = min(map(len, parts), default=1) - 1
+    start = len(os.path.commonprefix([p[:most] for p in parts]))
+    end = len(os.path.commonprefix([p[::-1][: most - start] for p in parts]))
+    return ["/".join(p[start : len(p) - end]) for p in parts]
+
+
+def short(text: str, length: int = 22) -> str:
+    """A long name with its middle left out."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 3
+    return f"{text[:head]}…{text[-(length - 1 - head) :]}"

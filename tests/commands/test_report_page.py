@@ -21,7 +21,6 @@ from t5x_sparsity.commands import text
 from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.report import command as report_command
 from t5x_sparsity.commands.report import figures as report_figures
-from t5x_sparsity.commands.report import names as report_names
 from t5x_sparsity.commands.report import page as report_page
 from t5x_sparsity.commands.report.page import make_page
 from t5x_sparsity.commands.report.run import ReportRun, smoothed, window
@@ -412,16 +411,16 @@ def test_a_heatmap_stays_readable(layers, columns):
 
 def test_names_are_short_and_in_order():
     names = ["a/layers_10/w", "a/layers_2/w", "a/norm"]
-    assert sorted(names, key=report_names.natural) == ["a/layers_2/w", "a/layers_10/w", "a/norm"]
-    assert report_names.trim(["d/l_0/wi/kernel", "d/l_1/wo/kernel"]) == ["l_0/wi", "l_1/wo"]
-    assert report_names.trim(["a/b/kernel"]) == ["kernel"]
-    assert report_names.trim(["a", "b/c"]) == ["a", "b/c"]
-    assert report_names.trim(["x/k", "x/k/k"]) == ["k", "k/k"]
-    assert report_names.trim([]) == []
-    assert report_names.block_of("decoder/layers_3/mlp/wi") == "decoder/layers_3"
-    assert report_names.block_of("decoder/mlp/wi") == "decoder"
-    assert report_names.short("abcdefghij", 10) == "abcdefghij"
-    assert report_names.short("abcdefghijk", 10) == "abc…fghijk"
+    assert sorted(names, key=text.natural) == ["a/layers_2/w", "a/layers_10/w", "a/norm"]
+    assert text.trim(["d/l_0/wi/kernel", "d/l_1/wo/kernel"]) == ["l_0/wi", "l_1/wo"]
+    assert text.trim(["a/b/kernel"]) == ["kernel"]
+    assert text.trim(["a", "b/c"]) == ["a", "b/c"]
+    assert text.trim(["x/k", "x/k/k"]) == ["k", "k/k"]
+    assert text.trim([]) == []
+    assert text.block_of("decoder/layers_3/mlp/wi") == "decoder/layers_3"
+    assert text.block_of("decoder/mlp/wi") == "decoder"
+    assert text.short("abcdefghij", 10) == "abcdefghij"
+    assert text.short("abcdefghijk", 10) == "abc…fghijk"
 
 
 # -- the command ----------------------------------------------------------------------------------

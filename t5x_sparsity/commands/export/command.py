@@ -9,9 +9,8 @@ from t5x_sparsity.artifacts.checkpoint import open_checkpoint
 from t5x_sparsity.artifacts.export import export, totals
 from t5x_sparsity.commands import CommandError
 from t5x_sparsity.commands.export.options import ExportOptions
-from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
 from t5x_sparsity.commands.output import status
-from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.commands.text import count, fact_table, format_bytes, shape_text
 
 _COLUMNS = (
     ("weight", "path", ""),

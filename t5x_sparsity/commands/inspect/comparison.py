@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint
-from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
 from t5x_sparsity.commands.inspect.report import LAYOUTS, SHOWN, made_by, skipped
 from t5x_sparsity.commands.inspect.weights import Facts, comparison
+from t5x_sparsity.commands.text import count, fact_table, shape_text
 from t5x_sparsity.core.names import first_few
 
 _COLUMNS = (

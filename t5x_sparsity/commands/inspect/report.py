@@ -10,9 +10,8 @@ from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
 from t5x_sparsity.artifacts.macros import macros_in, shown_macros
 from t5x_sparsity.artifacts.record import WeightRecord
 from t5x_sparsity.commands import one_line
-from t5x_sparsity.commands.fact_table import count, fact_table, shape_text
 from t5x_sparsity.commands.inspect.weights import Facts
-from t5x_sparsity.commands.text import format_bytes
+from t5x_sparsity.commands.text import count, fact_table, format_bytes, shape_text
 from t5x_sparsity.core.names import first_few
 
 LAYOUTS = {"orbax": "Orbax", "t5x": "T5X's own"}

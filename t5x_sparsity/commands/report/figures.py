@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from t5x_sparsity.artifacts.events import Series
-from t5x_sparsity.commands.report.names import block_of, natural, short, trim
 from t5x_sparsity.commands.report.run import TOTAL, ReportRun, smoothed, window
-from t5x_sparsity.commands.text import evenly_spaced
+from t5x_sparsity.commands.text import block_of, evenly_spaced, natural, short, trim
 
 # The most points of a curve on the page, and the most columns of a heatmap.
 MAX_POINTS = 1000

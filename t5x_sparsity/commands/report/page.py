@@ -17,9 +17,8 @@ from t5x_sparsity.artifacts.macros import shown_macros
 from t5x_sparsity.commands.output import generator
 from t5x_sparsity.commands.pages import render
 from t5x_sparsity.commands.report import figures
-from t5x_sparsity.commands.report.names import block_of, natural, trim
 from t5x_sparsity.commands.report.run import ReportRun, smoothed, window
-from t5x_sparsity.commands.text import evenly_spaced
+from t5x_sparsity.commands.text import block_of, evenly_spaced, natural, trim
 
 # Masks shown per weight: the first, the last, and some between.
 MAX_IMAGES = 3

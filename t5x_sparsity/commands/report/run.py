@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from t5x_sparsity.artifacts.events import Run, Series, resolve
-from t5x_sparsity.commands.report.names import short
-from t5x_sparsity.commands.text import finite
+from t5x_sparsity.commands.text import finite, short
 
 TOTAL = "total"
 

@@ -2,7 +2,7 @@
 
 import doctest
 
-from t5x_sparsity.commands import fact_table
+from t5x_sparsity.commands import text
 
 COLUMNS = (("weight", "path", ""), ("kept", "kept", ","), ("overlap", "overlap", ".2%"))
 
@@ -13,7 +13,7 @@ def test_numbers_text_and_what_is_not_there():
         {"path": "b", "kept": 0, "overlap": "-"},
         {"path": "c", "kept": None},
     ]
-    assert fact_table.fact_table(rows, COLUMNS, "lrr").split("\n")[2:] == [
+    assert text.fact_table(rows, COLUMNS, "lrr").split("\n")[2:] == [
         "a          1,234     50.00%",
         "b              0          -",
         "c",
@@ -21,10 +21,10 @@ def test_numbers_text_and_what_is_not_there():
 
 
 def test_the_example_is_true():
-    assert doctest.testmod(fact_table) == (0, 2)
+    assert doctest.testmod(text) == (0, 2)
 
 
 def test_shapes_and_counts():
-    assert fact_table.shape_text((2, 3)) == "2x3" and fact_table.shape_text(()) == ""
-    assert fact_table.count(1, "array") == "1 array"
-    assert fact_table.count(1200, "array") == "1,200 arrays"
+    assert text.shape_text((2, 3)) == "2x3" and text.shape_text(()) == ""
+    assert text.count(1, "array") == "1 array"
+    assert text.count(1200, "array") == "1,200 arrays"
