@@ -42,6 +42,10 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what all tests import is looked through no more
+
+
 def pytest_unconfigure():
     if _OWN_CACHE:
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)

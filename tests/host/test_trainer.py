@@ -23,7 +23,7 @@ def mask_bytes(state):
 
 @pytest.fixture(scope="module")
 def trainer():
-    trainer = tiny_t5.trainer(tiny_t5.rigl(), build=tiny_t5.model)
+    trainer = tiny_t5.trainer(tiny_t5.rigl())
     yield trainer
     trainer.close()
 
@@ -293,10 +293,12 @@ def test_a_mesh_too_wide_for_a_packed_mask_is_refused_by_name():
         init._check_masks_divide()
 
 
-def test_plain_step_does_nothing_but_mask(trainer):
+def test_plain_step_does_nothing_but_mask():
     """No loop of a search, and no more all-reduces than the dense step has."""
+    trainer = tiny_t5.trainer(tiny_t5.rigl(), build=tiny_t5.model)
     text = trainer.train_step_variants()["plain"].lower(trainer.train_state, tiny_t5.batch())
     assert "while" not in text.as_text()
+    trainer.close()
 
 
 def test_axes_of_the_state_are_replicated_or_named(trainer):
