@@ -44,6 +44,15 @@ def _context():
     return context
 
 
+def without(*packages):
+    """Code for the head of `run_code`, after which these packages are as if not installed."""
+    return (  # Python takes a module that is None for one that isn't there
+        f"import sys; gone = {packages!r}; "
+        "loaded = [m for m in sys.modules if m.split('.')[0] in gone]; "
+        "sys.modules.update(dict.fromkeys([*gone, *loaded])); "
+    )
+
+
 def _run(target, arguments, env, cwd, merged, timeout):
     context = _context()
     with tempfile.TemporaryDirectory() as folder:

@@ -125,7 +125,13 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", INNER)
+# those that others of the table stand for
+SLOW = ("adamw", "adafactor, not factored", "lion", "rmsprop", "hyperparams", "several")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in INNER]
+)
 def test_every_optimizer(name):
     inner = INNER[name]
     tx = sparsify(inner, RIGL, sparsity=0.75)

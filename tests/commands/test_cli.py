@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_commands import run_code, without
 
 from t5x_sparsity import cli
 from t5x_sparsity.artifacts.gin_flags import rewrite_gin_args
@@ -84,13 +85,8 @@ def test_help_imports_no_host():
     ],
 )
 def test_a_command_without_its_extra_says_what_installs_it(arguments, missing, extra):
-    code = (
-        "import sys; sys.modules[sys.argv[1]] = None; from t5x_sparsity import cli; "
-        "sys.exit(cli.main(sys.argv[2:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, missing, *arguments], capture_output=True, text=True
-    )
+    code = f"from t5x_sparsity import cli; sys.exit(cli.main({arguments!r}))"
+    done = run_code(without(missing) + code)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"t5x-sparsity {arguments[0]}: error: ")
     assert f"needs {missing}, which isn't installed; install it by pip install " in done.stderr

@@ -280,7 +280,9 @@ def on_mesh(scores, where, k):
 
 
 @pytest.mark.parametrize("specs", SHARDED)
-@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2), (2, 4)], ids=str
+)
 def test_the_same_bit_for_bit_on_meshes_and_nothing_moves(shape, specs):
     scores, where, k, masks = mesh_case()
     devices = mesh(*shape)

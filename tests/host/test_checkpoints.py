@@ -151,7 +151,8 @@ def test_a_dense_run_goes_on_from_a_sparse_checkpoint(tmp_path, sparse):
     assert (moved["target/mlp_wi"] != 0).all() > (start["target/mlp_wi"] != 0).all()
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 4), marks=pytest.mark.slow), (2, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)])
 def test_a_checkpoint_resumes_on_another_mesh(tmp_path, sparse, mesh):
     folder, stored, _ = sparse
     there = run(copy(folder, tmp_path / "there"), rigl(), 4, mesh=mesh)

@@ -3,7 +3,7 @@
 import pytest
 import tiny_t5
 from command_runs import environment
-from forked_commands import run_code, run_module
+from forked_commands import run_code, run_module, without
 
 from t5x_sparsity.artifacts.macros import check_bindings
 
@@ -51,10 +51,10 @@ def test_a_command_that_cannot_be_read_is_one_line(tmp_path, arguments, says):
 
 def test_without_the_extra_it_says_what_installs_it():
     code = (
-        "import runpy, sys; sys.modules['seqio'] = None; sys.argv = ['train', '--host=embedded']; "
+        "import runpy; sys.argv = ['train', '--host=embedded']; "
         "runpy.run_module('t5x_sparsity.train', run_name='__main__')"
     )
-    done = run_code(code, environment())
+    done = run_code(without("seqio") + code, environment())
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         "t5x_sparsity.train: error: training needs seqio, which isn't installed; install it by "

@@ -1,21 +1,16 @@
 """Where a package of an extra is missing, the error is one line with the command to install it."""
 
 import pytest
-from forked_commands import run_code
+from forked_commands import run_code, without
 
 from t5x_sparsity.extras import MissingExtra, requires
 
-# what the base install has not: Python takes a module that is None for one that isn't installed
-HIDE = (
-    "import sys; hidden = {hidden!r}; "
-    "loaded = [m for m in sys.modules if m.split('.')[0] in hidden]; "
-    "sys.modules.update(dict.fromkeys([*hidden, *loaded])); "
-)
+# what the base install has not
 EXTRAS = ("absl", "clu", "etils", "flax", "gin", "orbax", "rich", "seqio", "tabulate", "tensorflow")
 
 
 def last_line(code, *hidden):
-    done = run_code(HIDE.format(hidden=hidden) + code)
+    done = run_code(without(*hidden) + code)
     assert done.returncode == 1
     assert "During handling" not in done.stderr and "direct cause" not in done.stderr
     return done.stderr.splitlines()[-1]
