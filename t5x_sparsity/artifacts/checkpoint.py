@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,21 +16,24 @@ import numpy as np
 from etils import epath
 
 from t5x_sparsity.artifacts.checkpoint_arrays import (
+    MASKS,
+    NAME,
+    WEIGHTS,
     CheckpointError,
     SavedArray,
-    damaged,
+    check_names,
     saved_arrays,
+    saved_step,
     short,
     whole_index,
 )
 from t5x_sparsity.artifacts.record import RECORD, WeightRecord, read_record
 from t5x_sparsity.core.matrix_axes import MatrixAxes, matrix_axes
 
-_NAME = re.compile(r"checkpoint_(\d+)")
 # what Orbax and T5X call a save that is under way, or was killed
 _TEMPORARY = re.compile(r"checkpoint_(\d+)\.(orbax-checkpoint-tmp|tmp-|tmp$)")
 
-_MASKS, _WEIGHTS, _SPARSITY = "state/sparsity/masks/", "target/", "state/sparsity/"
+_SPARSITY = "state/sparsity/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,9 +99,9 @@ class Checkpoint:
     @functools.cached_property
     def weights(self) -> Mapping[str, SavedWeight]:
         """The weights by path, each with its mask and record."""
-        masks = self.under(_MASKS)
+        masks = self.under(MASKS)
         found = {}
-        for path, array in self.under(_WEIGHTS).items():
+        for path, array in self.under(WEIGHTS).items():
             record = self.record.get(path, WeightRecord())
             if record.shape not in (None, array.shape):
                 record = WeightRecord()
@@ -163,15 +165,15 @@ def open_checkpoint(path: str) -> Checkpoint:
     """
     try:
         folder, layout, skipped = find_checkpoint(path)
+        config, record = _next_to(folder, "config.gin"), _record(_next_to(folder, RECORD))
         arrays = saved_arrays(folder, layout)
-        _check_names(folder, arrays)
-        config = _next_to(folder, "config.gin")
+        check_names(folder, arrays)
         return Checkpoint(
             path=str(folder),
-            step=_step(folder, arrays),
+            step=saved_step(folder, arrays),
             layout=layout,
             arrays=arrays,
-            record=_record(_next_to(folder, RECORD)),
+            record=record,
             config_gin=None if config is None else str(config),
             skipped=skipped,
         )
@@ -210,7 +212,7 @@ def find_checkpoint(path: str) -> tuple[epath.Path, str, tuple[str, ...]]:
             "killed; give a folder checkpoint_<step>"
         )
     layout = layout_of(folder)
-    if layout is None and not _NAME.fullmatch(folder.name):
+    if layout is None and not NAME.fullmatch(folder.name):
         folder, skipped = _last_checkpoint(folder)
         layout = layout_of(folder)
     if layout is None:
@@ -234,8 +236,8 @@ def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]
     """The last complete checkpoint, and the names of incomplete ones after it."""
     names = [p.name for p in model_dir.iterdir()]
     # other names, such as checkpoint_200_good, are no run's
-    steps = {n: int(m[1]) for n in names if (m := _NAME.fullmatch(n) or _TEMPORARY.match(n))}
-    complete = [n for n in steps if _NAME.fullmatch(n) and layout_of(model_dir / n)]
+    steps = {n: int(m[1]) for n in names if (m := NAME.fullmatch(n) or _TEMPORARY.match(n))}
+    complete = [n for n in steps if NAME.fullmatch(n) and layout_of(model_dir / n)]
     if complete:
         last = max(complete, key=steps.__getitem__)
         newer = tuple(sorted(n for n in steps if steps[n] >= steps[last] and n != last))
@@ -250,7 +252,7 @@ def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]
         raise _tensorflow(model_dir)
     hint, run = "give one of these", model_dir.resolve().parent
     with contextlib.suppress(OSError):
-        if any(_NAME.fullmatch(p.name) for p in run.iterdir()):
+        if any(NAME.fullmatch(p.name) for p in run.iterdir()):
             hint = f"{run} has some"
     raise CheckpointError(
         f"{model_dir} holds no checkpoint: neither is it one, nor has it a folder "
@@ -258,39 +260,11 @@ def _last_checkpoint(model_dir: epath.Path) -> tuple[epath.Path, tuple[str, ...]
     )
 
 
-def _check_names(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> None:
-    if not any(name.startswith(_WEIGHTS) for name in arrays):
-        raise CheckpointError(
-            f"{folder} is no checkpoint of a training run: it holds no weights ('target/...')"
-        )
-    for name in arrays:
-        if name.startswith(_MASKS) and _WEIGHTS + name.removeprefix(_MASKS) not in arrays:
-            raise damaged(folder, f"it holds {name}, but no weight of that name")
-
-
 def _next_to(folder: epath.Path, name: str) -> epath.Path | None:
     """A file in the run's folder: next to the checkpoint, or next to what that is a link to."""
     real = folder if "://" in str(folder) else epath.Path(os.path.realpath(folder))
     places = (place.parent / name for place in (folder, real))
     return next((place for place in places if place.exists()), None)
-
-
-def _step(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> int:
-    """What the checkpoint says, else its name."""
-    leaf = arrays.get("state/step")
-    if leaf is not None:
-        if leaf.shape or leaf.dtype.kind not in "iuf":
-            raise damaged(
-                folder, f"state/step is {leaf.dtype.name} of shape {leaf.shape}, not a number"
-            )
-        step = leaf.read().item()
-        if not (math.isfinite(step) and step == int(step) >= 0):
-            raise damaged(folder, f"state/step is {step}, which is no step")
-        return int(step)
-    named = _NAME.fullmatch(folder.name)
-    if named is None:
-        raise CheckpointError(f"{folder} doesn't say its step; name it checkpoint_<step>")
-    return int(named[1])
 
 
 def _record(path: epath.Path | None) -> dict[str, WeightRecord]:

@@ -27,6 +27,9 @@ PART_BYTES = 64 * 2**20
 _METADATA_KEYS = (".zarray", ".zattrs", ".zgroup", "zarr.json")
 _NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "str")
 
+NAME = re.compile(r"checkpoint_(\d+)")
+MASKS, WEIGHTS = "state/sparsity/masks/", "target/"
+
 Index = tuple[slice, ...]
 
 
@@ -193,6 +196,35 @@ def saved_arrays(
             raise damaged(folder, f"{expected - there} of {expected} chunks of {name} are missing")
         found[name] = SavedArray(folder, name, x, grid)
     return found
+
+
+def check_names(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> None:
+    """Raises CheckpointError unless there are weights, and one for every mask."""
+    if not any(name.startswith(WEIGHTS) for name in arrays):
+        raise CheckpointError(
+            f"{folder} is no checkpoint of a training run: it holds no weights ('target/...')"
+        )
+    for name in arrays:
+        if name.startswith(MASKS) and WEIGHTS + name.removeprefix(MASKS) not in arrays:
+            raise damaged(folder, f"it holds {name}, but no weight of that name")
+
+
+def saved_step(folder: epath.Path, arrays: Mapping[str, SavedArray]) -> int:
+    """The step that the arrays of a checkpoint say, else its name."""
+    leaf = arrays.get("state/step")
+    if leaf is not None:
+        if leaf.shape or leaf.dtype.kind not in "iuf":
+            raise damaged(
+                folder, f"state/step is {leaf.dtype.name} of shape {leaf.shape}, not a number"
+            )
+        step = leaf.read().item()
+        if not (math.isfinite(step) and step == int(step) >= 0):
+            raise damaged(folder, f"state/step is {step}, which is no step")
+        return int(step)
+    named = NAME.fullmatch(folder.name)
+    if named is None:
+        raise CheckpointError(f"{folder} doesn't say its step; name it checkpoint_<step>")
+    return int(named[1])
 
 
 class _Content(NamedTuple):

@@ -18,15 +18,12 @@ class CommandError(Exception):
     """What was asked for can't be done: one line for the user, exit code 2."""
 
 
+_USERS_ERRORS = (ValueError, TypeError, KeyError, AssertionError)
+
+
 @contextlib.contextmanager
 def as_command_errors(
-    prefix: str = "",
-    kinds: type[Exception] | tuple[type[Exception], ...] = (
-        ValueError,
-        TypeError,
-        KeyError,
-        AssertionError,
-    ),
+    prefix: str = "", kinds: type[Exception] | tuple[type[Exception], ...] = _USERS_ERRORS
 ) -> Iterator[None]:
     """Turns the errors that a user's configuration makes other code raise into a CommandError.
 

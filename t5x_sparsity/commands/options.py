@@ -30,12 +30,12 @@ def argument(*flags: str, **settings: Any) -> Any:
 
 
 def add_command(commands: Any, name: str, options: type, *, extra: str, **texts: Any) -> None:
-    """Adds a command to those of `t5x-sparsity`.
+    """Adds a command, whose module `options` describes it by `COMMAND`, to those of `t5x-sparsity`.
 
     Args:
       commands: what `add_subparsers` returned.
       name: of the command.
-      options: its dataclass, whose fields `argument` made; help lists them in their order.
+      options: a dataclass, whose fields `argument` made; help lists them in their order.
       extra: of this package, that the command needs, such as 'tools'.
       **texts: help, description and epilog, as `ArgumentParser` takes them.
     """

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 
 from t5x_sparsity.artifacts.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from t5x_sparsity.commands import CommandError, one_line
 from t5x_sparsity.commands.inspect import comparison, report
 from t5x_sparsity.commands.inspect.options import InspectOptions
-from t5x_sparsity.commands.inspect.weights import Facts, compare, look_at
+from t5x_sparsity.commands.inspect.weights import compare, look_at_all
 from t5x_sparsity.commands.output import progress
 
 
@@ -23,7 +22,8 @@ def run(options: InspectOptions) -> int:
     try:
         checkpoint = open_checkpoint(options.checkpoint)
         if options.compare is None:
-            found = report.describe(checkpoint, _facts(checkpoint))
+            facts = look_at_all(checkpoint.weights.values())
+            found = report.describe(checkpoint, facts)
         else:
             other = open_checkpoint(options.compare)
             sums = _sums(checkpoint, other)
@@ -38,12 +38,6 @@ def run(options: InspectOptions) -> int:
         text = comparison.as_text(found, sums, all_weights=options.all)
     print(text)
     return 0
-
-
-def _facts(checkpoint: Checkpoint) -> Sequence[Facts]:
-    weights = sorted(checkpoint.weights.items())
-    with progress("reading", sum(w.array.nbytes for _, w in weights)) as done:
-        return [look_at(weight, done) for _, weight in weights]
 
 
 def _sums(a: Checkpoint, b: Checkpoint) -> dict[str, Counter]:

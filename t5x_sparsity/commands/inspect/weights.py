@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from t5x_sparsity.artifacts.checkpoint import SavedWeight, sparsity
 from t5x_sparsity.artifacts.checkpoint_arrays import Index, cuts
 from t5x_sparsity.artifacts.found_patterns import NOTHING, PatternFinder
 from t5x_sparsity.artifacts.structure import KeptBits
+from t5x_sparsity.commands.output import progress
 
 # The most bytes of bits, one per weight, that are held of a weight; a single slice is the least.
 BITS_BYTES = 64 * 2**20
@@ -24,11 +25,21 @@ BITS_BYTES = 64 * 2**20
 COMPARED_BYTES = 16 * 2**20
 
 Facts = dict[str, Any]
-Progress = Callable[[int], None]
+Done = Callable[[int], None]
 
 
-def look_at(weight: SavedWeight, progress: Progress) -> Facts:
-    """The facts of a weight; a dense one isn't read. `progress` is told how many bytes are done.
+def look_at_all(weights: Collection[SavedWeight]) -> list[Facts]:
+    """The facts of each weight, by path; a bar on a terminal shows how far it is.
+
+    Raises:
+      CheckpointError: a weight or its mask is damaged.
+    """
+    with progress("reading", sum(w.array.nbytes for w in weights)) as done:
+        return [look_at(w, done) for w in sorted(weights, key=lambda w: w.path)]
+
+
+def look_at(weight: SavedWeight, done: Done) -> Facts:
+    """The facts of a weight; a dense one isn't read. `done` is told how many bytes are done.
 
     Raises:
       CheckpointError: the weight or its mask is damaged.
@@ -37,9 +48,9 @@ def look_at(weight: SavedWeight, progress: Progress) -> Facts:
     counts = {"kept": array.size, "nonzero": None, "kept_zeros": 0, "pruned_nonzeros": 0}
     found: Facts = {}
     if array.shape and (has_mask or weight.zeros_are_pruned):
-        counts, found = _read(weight, progress)
+        counts, found = _read(weight, done)
     else:
-        progress(array.nbytes)
+        done(array.nbytes)
     kept = counts["kept"]
     pattern = "unstructured"
     if kept in (0, array.size):
@@ -66,7 +77,7 @@ def look_at(weight: SavedWeight, progress: Progress) -> Facts:
     }
 
 
-def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], Facts]:
+def _read(weight: SavedWeight, done: Done) -> tuple[Mapping[str, int], Facts]:
     """Counts of a weight's values, and what its zeros look like if it is a matrix."""
     array, axes = weight.array, weight.axes
     free, lead = (*axes.inputs, *axes.outputs), range(len(axes.stack))
@@ -89,7 +100,7 @@ def _read(weight: SavedWeight, progress: Progress) -> tuple[Mapping[str, int], F
                 place = tuple(index[a].start + i for a, i in zip(axes.stack, at, strict=True))
                 # no name for the part, which would hold it while the next one is read
                 slices[place].add(np.moveaxis(kept, axes.stack, lead)[at], [index[a] for a in free])
-            progress(x.nbytes)
+            done(x.nbytes)
         for bits in slices.values():
             finder.add(bits)
     counts = {name: int(n) for name, n in counts.items()}
@@ -106,7 +117,7 @@ def _groups(shape: Sequence[int], stack: Sequence[int], most: int) -> Iterator[I
     return itertools.product(*map(cuts, regions, (max(1, n) for n in lengths)))
 
 
-def compare(weight: SavedWeight, other: SavedWeight, progress: Progress) -> Counter:
+def compare(weight: SavedWeight, other: SavedWeight, done: Done) -> Counter:
     """Sums over a weight of two checkpoints, which has one shape in both.
 
     size: weights in all; kept, other_kept, both: those kept; moved: of (y - x)^2; norm: of x^2.
@@ -127,7 +138,7 @@ def compare(weight: SavedWeight, other: SavedWeight, progress: Progress) -> Coun
                 moved=float(np.sum(np.square(y.astype(np.float64) - x))),
                 norm=float(np.sum(np.square(x))),
             )
-        progress(nbytes)
+        done(nbytes)
     return sums
 
 
