@@ -4,8 +4,6 @@ The subcommands are in `t5x_sparsity.commands`. Until one is asked for, only the
 imported, so that help is there at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib

@@ -1,7 +1,5 @@
 """One line that says what to install, where a package of an extra is missing."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 from collections.abc import Iterator

@@ -12,8 +12,6 @@ Exit codes: 0; 2 for gin files and bindings that can't be read, with one line th
 all else.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.resources
 import os

@@ -1,7 +1,5 @@
 """`sparsify`, which wraps any optax optimizer in sparse training."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Each is a context manager that puts back what it replaced. `tests/ahead_of_time/
 says with which versions they were tried.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence

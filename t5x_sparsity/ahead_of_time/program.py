@@ -4,8 +4,6 @@ All is read from what XLA reports, the program's text included, so it also works
 are compiled ahead of time for devices that are not here. Knows nothing of sparsity.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Train steps compiled ahead of time for TPU slices that are not here, by libtpu alone."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

@@ -1,7 +1,5 @@
 """AC/DC: alternating sparse and dense phases."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

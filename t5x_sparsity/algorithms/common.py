@@ -1,7 +1,5 @@
 """What several algorithms share: scores, selections, and how many units a ramp keeps."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TypeVar

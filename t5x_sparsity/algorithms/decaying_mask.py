@@ -1,7 +1,5 @@
 """Masks that prune gradually: pruned weights fade, or groups lose a few weights at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

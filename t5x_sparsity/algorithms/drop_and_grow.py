@@ -1,7 +1,5 @@
 """Sparse from the start to the end: drop the smallest weights, grow others elsewhere."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

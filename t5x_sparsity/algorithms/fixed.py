@@ -1,7 +1,5 @@
 """Masks that never change: dense training on the same code path, and a static mask."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

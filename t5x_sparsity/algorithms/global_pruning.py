@@ -1,7 +1,5 @@
 """Pruning from dense to sparse with one threshold over all layers."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

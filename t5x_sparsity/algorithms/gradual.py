@@ -1,7 +1,5 @@
 """Pruning from dense to sparse along a schedule, each layer to its own target."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

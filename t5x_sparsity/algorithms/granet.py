@@ -1,7 +1,5 @@
 """GraNet: gradual pruning, with a swap of weights after every update."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import TypeVar
 

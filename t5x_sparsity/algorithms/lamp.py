@@ -7,8 +7,6 @@ tried, those of the layers are searched between the bounds known so far. That ta
 passes over the weights, each with one all-reduce of a few numbers per layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax

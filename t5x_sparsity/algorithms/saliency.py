@@ -1,7 +1,5 @@
 """Pruning by an estimate of how much the loss would change, of first or second order."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

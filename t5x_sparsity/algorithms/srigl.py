@@ -1,7 +1,5 @@
 """SRigL: RigL with a constant fan-in, which may ablate whole neurons."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

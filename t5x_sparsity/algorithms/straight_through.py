@@ -1,7 +1,5 @@
 """Dense weights trained under a mask, with the gradients at the masked weights."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """Top-KAST: a sparse forward pass, and gradients for a larger set of weights."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

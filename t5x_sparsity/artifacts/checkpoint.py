@@ -3,8 +3,6 @@
 `checkpoint_arrays` reads the arrays, `record` reads `sparsity.json`; this brings them together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -4,8 +4,6 @@ Both layouts are read: Orbax's, which T5X and the embedded host write (`checkpoi
 and T5X's own older one (`checkpoint_<step>/checkpoint`, msgpack, next to one folder per array).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

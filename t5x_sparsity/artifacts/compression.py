@@ -1,7 +1,5 @@
 """Which encoding a weight takes: by the pattern that its run recorded, or by what is found."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ moved as bits and never computed with, so that NaN, infinities, -0 and every dty
 were; whatever isn't stored comes back as +0. docs/export.md says what each array holds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

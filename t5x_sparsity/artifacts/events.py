@@ -3,8 +3,6 @@
 TensorFlow isn't imported: that would take longer than the reading.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

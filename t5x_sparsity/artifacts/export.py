@@ -3,8 +3,6 @@
 docs/export.md describes the file. One weight at a time is in memory while it is written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Gin bindings on a command line. Imports the standard library alone, so that help is quick."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 _FLAG = "--gin."

@@ -1,7 +1,5 @@
 """Gin text without the objects that its names refer to; the macros of the package's own files."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.resources

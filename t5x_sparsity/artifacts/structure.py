@@ -4,8 +4,6 @@ A weight is taken slice by slice, each as one bit per weight, and read a band of
 What is found holds in every slice.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -4,8 +4,6 @@ In each folder `options.py` has the options and their parser, and `command.py` r
 and this module import the standard library alone, so that help is there at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

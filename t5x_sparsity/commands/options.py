@@ -3,8 +3,6 @@
 Imports the standard library alone, so that help is quick.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from typing import Any

@@ -1,7 +1,5 @@
 """How commands write pages, and show their progress."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

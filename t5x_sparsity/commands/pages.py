@@ -1,7 +1,5 @@
 """HTML pages from Jinja2 templates: all text is escaped, and a name without a value is an error."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A user's run as its gin files configure it, without its data, its weights and its checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Numbers, names, lists and tables as commands show them."""
 
-from __future__ import annotations
-
 import math
 import os.path
 import re

@@ -1,7 +1,5 @@
 """Checks of configured numbers: one clear ValueError that names the argument."""
 
-from __future__ import annotations
-
 import numbers
 
 

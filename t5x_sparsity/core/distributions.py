@@ -1,7 +1,5 @@
 """How layers share a total sparsity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

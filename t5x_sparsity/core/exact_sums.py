@@ -5,8 +5,6 @@ a block, a channel or a layer would tie on one mesh and not on another, and mask
 terms are rounded to 30 bits below the largest term and added as integers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Counts the kept weights of groups, with NumPy alone, for masks in files."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Which axes of a weight are the rows, and which the columns, of its matrices."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Names and errors as messages show them. Imports the standard library alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

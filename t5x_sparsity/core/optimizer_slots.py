@@ -4,8 +4,6 @@ A slot is a leaf of the optimizer's state that mirrors a weight: it has the weig
 path contains the weight's path, as in `mu/<path>` of Adam or `<path>/v` of Adafactor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -6,8 +6,6 @@ packs evenly under the usual shardings, it is stored with one byte per weight. T
 the weight's shape and logical names alone, never on the mesh, and can be read off the two shapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax

@@ -1,7 +1,5 @@
 """The configuration of a sparse run, and the plan that it makes: one `LayerPlan` per weight."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

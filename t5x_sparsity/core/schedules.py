@@ -5,8 +5,6 @@ t + 1. Steps may be Python integers or traced, so that the host picks the compil
 rule that the step itself follows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Hashable, Sequence

@@ -1,7 +1,5 @@
 """Chooses the units of every weight that are kept: those of largest score, for all at once."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping

@@ -1,7 +1,5 @@
 """Computes on the arrays of equal weights as on one stack."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The functional core of sparse training: its state, and one train step."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """A pytree as a dict by path, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ renamed to that name once it is complete, so a killed save leaves only a tempora
 next run clears away.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

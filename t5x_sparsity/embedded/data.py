@@ -1,7 +1,5 @@
 """The input pipeline of the embedded host: seqio datasets, and the feeding of the devices."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import itertools

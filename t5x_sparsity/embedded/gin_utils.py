@@ -1,7 +1,5 @@
 """Gin configuration from the command line, and its record next to the run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What is checked before a run compiles or writes anything, and where it starts from."""
 
-from __future__ import annotations
-
 import os
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The training loop of the embedded host, called as T5X's is."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """The trainer: compiled steps, and metrics that are merged on the devices."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import functools

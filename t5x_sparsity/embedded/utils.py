@@ -1,7 +1,5 @@
 """Configurations, learning rates and the train-state initializer, under T5X's names."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -6,8 +6,6 @@ need for pruned weights: see `Algorithm.densities`. Dense kernels skip nothing; 
 what a sparse machine could save.
 """
 
-from __future__ import annotations
-
 import bisect
 import functools
 import itertools

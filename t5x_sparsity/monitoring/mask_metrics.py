@@ -5,8 +5,6 @@ quantity. Functions of arrays are traceable, and their results small enough to b
 once per stats period.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence, Set
 

@@ -5,8 +5,6 @@ product with a one-hot matrix. The body of a loop counts once per iteration if t
 known, and once if it is not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

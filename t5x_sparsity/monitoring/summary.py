@@ -1,7 +1,5 @@
 """Summaries of the sparsity of a run, by weight and in total."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

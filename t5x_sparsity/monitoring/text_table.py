@@ -1,7 +1,5 @@
 """Tables as plain text: the same on a terminal, in a pipe and in a file, never truncated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 

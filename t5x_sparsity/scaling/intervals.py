@@ -1,7 +1,5 @@
 """How far a fit can be trusted: resampled tables, and held-out runs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

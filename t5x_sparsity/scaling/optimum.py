@@ -15,8 +15,6 @@ The loss at given compute is convex in u = log(1 - S) and log N, as a sum of exp
 functions, some to the power b_D of such sums: it is least where its slope is zero.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

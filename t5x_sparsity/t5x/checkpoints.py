@@ -4,8 +4,6 @@ A checkpoint is a folder `checkpoint_<step>`, in T5X's own format or in Orbax's.
 next to the checkpoints of a run says by which rules its masks were made.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

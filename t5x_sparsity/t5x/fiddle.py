@@ -1,7 +1,5 @@
 """Sparse training for runs that fiddle configures; gin's runs have sparsity/*.gin."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

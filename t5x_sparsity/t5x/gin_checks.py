@@ -1,7 +1,5 @@
 """Checks of a run's gin configuration, before anything is built from it."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any

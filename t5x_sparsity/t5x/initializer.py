@@ -1,7 +1,5 @@
 """The train state initializer that T5X is given."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

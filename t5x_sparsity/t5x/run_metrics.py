@@ -1,7 +1,5 @@
 """What a sparse run writes next to the host's own metrics, and when."""
 
-from __future__ import annotations
-
 import concurrent.futures
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """`t5x-sparsity export`: a checkpoint's weights as one safetensors file."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

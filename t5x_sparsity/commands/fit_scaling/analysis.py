@@ -1,7 +1,5 @@
 """What `t5x-sparsity fit-scaling` finds: the law, how far to trust it, and what is best by it."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

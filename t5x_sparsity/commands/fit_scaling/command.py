@@ -1,7 +1,5 @@
 """`t5x-sparsity fit-scaling`: the sparse scaling law of a table of runs."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """The arguments of `t5x-sparsity fit-scaling`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """The page of plots of `t5x-sparsity fit-scaling`: one HTML file that needs no other."""
 
-from __future__ import annotations
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale

@@ -1,7 +1,5 @@
 """The report of `t5x-sparsity fit-scaling`, as text and as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Reads the table of `t5x-sparsity fit-scaling`."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """`t5x-sparsity inspect`: what a checkpoint's zeros look like, or how two checkpoints differ."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 

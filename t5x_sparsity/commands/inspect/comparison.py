@@ -1,7 +1,5 @@
 """What `t5x-sparsity inspect --compare` says of two checkpoints, A and B."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 

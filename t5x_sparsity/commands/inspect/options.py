@@ -1,7 +1,5 @@
 """The arguments of `t5x-sparsity inspect`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from t5x_sparsity.commands.options import argument

@@ -1,7 +1,5 @@
 """What `t5x-sparsity inspect` says of one checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Facts are dicts of plain values, as JSON shows them; docs/inspect.md says what each key means.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """`t5x-sparsity plan`: what a run would be, from its gin files alone."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The text of `t5x-sparsity plan`, from the report that its JSON has."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """`t5x-sparsity report`: one HTML page of one or more runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

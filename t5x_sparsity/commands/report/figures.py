@@ -3,8 +3,6 @@
 Colours are names such as '@run0', which the page replaces by the colours of its theme.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import math

@@ -1,7 +1,5 @@
 """The arguments of `t5x-sparsity report`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The page of `t5x-sparsity report`: one HTML file that needs nothing else, and no network."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """A run as `t5x-sparsity report` shows it: what was planned, and the numbers it reached."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
