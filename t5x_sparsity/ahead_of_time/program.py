@@ -166,10 +166,11 @@ def _calls(x: _Instruction, iterations: int | None) -> list[tuple[str, int]]:
 
 def _moved(x: _Instruction, body: _Computation) -> int:
     """Bytes of a collective's inputs or outputs, the larger of the two."""
-    inputs = 0
-    if not x.op.endswith("-done"):
-        inputs = sum(_bytes(body[name].type) for name in x.operands if name in body)
-    return max(inputs, _bytes(x.type))
+    if x.op.endswith("-done") and x.operands[0] in body:
+        operands = body[x.operands[0]].operands  # those of its start
+    else:
+        operands = x.operands
+    return max(sum(_bytes(body[name].type) for name in operands if name in body), _bytes(x.type))
 
 
 def _bytes(type_: str) -> int:

@@ -185,7 +185,13 @@ def _is_tensorflow(folder: epath.Path) -> bool:
 
 
 def find_checkpoint(path: str) -> tuple[epath.Path, str, tuple[str, ...]]:
-    """The folder of a checkpoint, its layout, and names of newer ones that are not complete."""
+    """The folder of a checkpoint, its layout, and names of newer ones that are not complete.
+
+    `path` is a folder checkpoint_<step>, or the MODEL_DIR above it for its last complete one.
+
+    Raises:
+      CheckpointError: there is none.
+    """
     path = absolute(path)
     try:
         path.encode()

@@ -260,8 +260,13 @@ class Blocks(Encoding):
         check(len(self.block) == len(shape), "its blocks contradict its shape")
         grid, indices = self._grid(shape), arrays["indices"].astype(np.int64)
         check((indices < math.prod(grid)).all(), "its blocks lie outside")
-        flat = np.arange(math.prod(shape)).reshape(shape)
-        return self._split(flat, -1)[np.unravel_index(indices, grid)]
+        places = np.indices(self.block)[:, None]  # within a block: [axes, 1, *block]
+        corners = np.stack(np.unravel_index(indices, grid)).reshape(
+            len(shape), -1, *[1] * len(shape)
+        )
+        at = [c * n + p for c, n, p in zip(corners, self.block, places, strict=True)]
+        inside = np.logical_and.reduce([a < n for a, n in zip(at, shape, strict=True)])
+        return np.where(inside, np.ravel_multi_index(at, shape, mode="clip"), -1)
 
     def _pattern_bits(self, shape, kept):
         grid = math.prod(self._grid(shape))

@@ -36,7 +36,7 @@ class Series(NamedTuple):
     """A scalar over the run: int64 steps [n], ascending, none twice, and float64 values [n]."""
 
     steps: np.ndarray
-    values: np.ndarray  # may be NaN or infinite
+    values: np.ndarray  #: may be NaN or infinite
 
     @property
     def last(self) -> float:

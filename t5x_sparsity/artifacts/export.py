@@ -167,7 +167,7 @@ def _encoded(
         if format == "compressed" and has_mask and count < x.size:
             notes.append("stays dense, as no encoding is smaller; its mask isn't exported")
         has_mask = has_mask and count == x.size
-    elif signed := np.count_nonzero(np.signbit(x) & ~kept):
+    elif signed := np.count_nonzero(np.signbit(x.real) & ~kept):
         notes.append(f"{signed:,} of its pruned zeros are -0.0; their sign isn't kept")
     arrays = encoding.encode(x, kept)
     described = {
@@ -269,6 +269,8 @@ def _loaded(reader: Reader, name: str, fields: Mapping[str, Any], as_: str, form
     stays_dense = is_dense and (form == "compressed" or fields["kept"] == math.prod(shape))
     if as_ == "arrays" or (as_ == "bcoo" and stays_dense):
         return encoding.decode(arrays, shape)
+    if is_dense and as_ == "masks":
+        return np.ones(shape, bool)
     positions, values = encoding.stored(arrays, shape)
     if as_ == "masks":
         mask = np.zeros(math.prod(shape), bool)

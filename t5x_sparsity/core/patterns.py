@@ -88,7 +88,7 @@ class Pattern:
         self, scores: jax.Array, k: int | jax.Array, keep: Given, where: Given, stack_axes: Axes
     ) -> jax.Array:
         """The mask of what is kept, for arguments as in `selection.Choice`; if not `searched`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is not searched, and defines no choose")
 
     def _whole_axis(self, axis: int, shape: Shape, stack_axes: Axes = ()) -> int:
         """The axis of the whole weight that is `axis` of a slice; ValueError if there is none."""

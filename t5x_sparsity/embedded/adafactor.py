@@ -103,8 +103,8 @@ class Adafactor(OptimizerDef):
     def set_param_axes(self, param_logical_axes: PyTree) -> None:
         """Derives each parameter's factoring from its logical axes, if there are rules for them."""
         if self.logical_factor_rules is not None:
-            for path, axes in flatten(param_logical_axes).items():
-                self.factor_map[path] = _rule_of_axes(path, axes, self.logical_factor_rules)
+            rules, axes = self.logical_factor_rules, flatten(param_logical_axes)
+            self.factor_map = {p: _rule_of_axes(p, names, rules) for p, names in axes.items()}
 
     def init_state(self, params: PyTree) -> OptimizerState:
         """Returns step 0 and an `AdafactorParamState` of zeros for each parameter."""

@@ -164,8 +164,8 @@ def batch_shapes(data: Any, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape and type of each feature of a batch; a ValueError unless `data` has batches."""
     if not isinstance(data, tf.data.Dataset) or not isinstance(data.element_spec, Mapping):
         raise ValueError(
-            f"get_dataset_fn returned {type(data).__name__}; on the embedded host it must return a "
-            "tf.data.Dataset of batches that are dicts of arrays. Use T5X for others."
+            f"a dataset function returned {type(data).__name__}; on the embedded host it must "
+            "return a tf.data.Dataset of batches that are dicts of arrays. Use T5X for others."
         )
     return {
         name: jax.ShapeDtypeStruct((batch_size, *spec.shape[1:]), spec.dtype.as_numpy_dtype)

@@ -59,9 +59,9 @@ class TransformerSizes:
 
     def __post_init__(self):
         values, names = dict(vars(self)), self.mlp_activations
-        sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
-        is_known = not isinstance(names, str) and all(
-            x == "linear" or hasattr(nn, x) for x in names
+        sizes = [f.name for f in dataclasses.fields(self) if f.type in (int, "int")]
+        is_known = isinstance(names, list | tuple) and all(
+            isinstance(x, str) and (x == "linear" or hasattr(nn, x)) for x in names
         )
         for name, holds, allowed in (
             *((x, isinstance(values[x], int) and values[x] >= 1, _SIZE) for x in sizes),

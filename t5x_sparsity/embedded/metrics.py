@@ -38,7 +38,7 @@ class Total(clu.metrics.Metric):
 
 
 class MetricsManager:
-    """Writes metrics to TensorBoard in the background, in the order they were given.
+    """Writes metrics to TensorBoard in the background.
 
     They go to the folder `name` of `summary_dir`, or nowhere if that is None. An error of the
     background is raised by the next call that gives it work, or by `close`.

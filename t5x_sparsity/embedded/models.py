@@ -25,7 +25,7 @@ PyTree = Any
 Batch = Mapping[str, jax.Array]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class BaseTransformerModel:
     """What both families share.
 

@@ -115,8 +115,9 @@ class PjitPartitioner:
                 return flax_partitioning.logical_to_mesh_axes(axes, self.logical_axis_rules)
             except ValueError as error:
                 raise ValueError(
-                    f"The logical axes {tuple(axes)} of '{path_of(path[1:])}' can not be mapped by "
-                    f"PjitPartitioner.logical_axis_rules: {error} Give each axis a name of its own."
+                    f"The logical axes {tuple(axes)} of '{path_of(path[1:])}' can not be mapped "
+                    f"to the mesh by PjitPartitioner.logical_axis_rules: {error} Give each axis a "
+                    "name of its own."
                 ) from error
 
         return jax.tree_util.tree_map_with_path(to_mesh_axes, self.get_logical_axes(train_state))

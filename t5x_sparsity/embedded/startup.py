@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from t5x_sparsity.artifacts.checkpoint import absolute, find_checkpoint
-from t5x_sparsity.artifacts.checkpoint_arrays import SavedArray
+from t5x_sparsity.artifacts.checkpoint_arrays import CheckpointError, SavedArray
 from t5x_sparsity.embedded import checkpoints, utils
 
 
@@ -25,12 +25,12 @@ def check_periods(stats: int | None, evaluate: int | None, save: int | None) -> 
 
 def check_model_dir(model_dir: str) -> str:
     """The absolute path of `model_dir`; a ValueError if it can't be made or written to."""
-    path = above = os.path.abspath(os.path.expanduser(model_dir))
+    path = above = os.path.abspath(os.path.expanduser(str(model_dir)))
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     for fails, why in (
-        (not model_dir.strip(), "it names no folder"),
-        ("://" in model_dir, "the embedded host writes to local folders only; T5X, to others"),
+        (not isinstance(model_dir, str) or not model_dir.strip(), "it names no folder"),
+        ("://" in str(model_dir), "the embedded host writes to local folders only; T5X, to others"),
         (not os.path.isdir(above), f"{above} is not a folder"),
         (not os.access(above, os.W_OK | os.X_OK), f"{above} can't be written to"),
     ):
@@ -84,7 +84,7 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
     elif restore.path:
         path = absolute(restore.path)
         if restore.mode == "latest":
-            path = str(find_checkpoint(path)[0])
+            path = _last_checkpoint(restore.path)
         logging.info("Starting from %s.", path)
         with_dataset, dtype = restore.restore_dataset, restore.dtype
     else:
@@ -105,3 +105,18 @@ def find_source(model_dir: str, cfg: utils.CheckpointConfig, train_state: Any) -
             "utils.RestoreCheckpointConfig.restore_dataset) to False to read from the start."
         )
     return Source(path, plan, batches, dtype, fallback_to_scratch)
+
+
+def _last_checkpoint(path: str) -> str:
+    """The folder of a run's last checkpoint, or of the one that `path` is."""
+    name = f"utils.RestoreCheckpointConfig.path is {path!r}"
+    try:
+        folder, layout, _ = find_checkpoint(path)
+    except CheckpointError as e:
+        raise ValueError(f"{name}: {e}. Set it to one of these, or to [] to start afresh.") from e
+    if layout != "orbax":
+        raise ValueError(
+            f"{name}, and {folder} is in T5X's older format, which the embedded host doesn't read; "
+            "use T5X for it, or set another path."
+        )
+    return str(folder)

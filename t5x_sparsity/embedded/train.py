@@ -90,6 +90,8 @@ def train(
     eval_sets: Mapping[str, Any] = {}
     if train_eval_dataset_cfg is not None:
         eval_sets = train_eval_get_dataset_fn(train_eval_dataset_cfg, 0, 1, eval_steps, converter)
+        for found in eval_sets.values():
+            data.batch_shapes(found, train_eval_dataset_cfg.batch_size)
         if not eval_sets:
             logging.warning("train_eval_dataset_cfg names no evaluation set: nothing is evaluated.")
 

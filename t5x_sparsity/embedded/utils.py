@@ -157,7 +157,16 @@ def create_learning_rate_scheduler(
     steps_per_cycle: int = 100000,
     **only_in_t5x: Any,
 ) -> Callable[[jax.Array], jax.Array]:
-    """The product of the named factors, see below, as a function of the step; at least 1e-8."""
+    """The product of the named factors as a function of the step s; at least 1e-8.
+
+    Factors, with w = warmup_steps:
+
+    - constant: base_learning_rate
+    - linear_warmup: min(1, s / w)
+    - rsqrt_decay: 1 / sqrt(max(s, w))
+    - rsqrt_normalized_decay: sqrt(w / max(s, w))
+    - cosine_decay: (1 + cos(pi * p)) / 2, p = max(0, s - w) / steps_per_cycle modulo 1
+    """
     refuse_options("utils.create_learning_rate_scheduler", only_in_t5x)
     warmup = warmup_steps
     table: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -87,6 +87,7 @@ class FlopsSoFar:
             self._updated[i] = updates[-1] if updates else self._updated[i]
             for path, density in self._mask_densities(i, self._updated[i]).items():
                 forward += self._sparse[path] * algorithm.densities(density, step)[0]
+        self._mask_densities.cache_clear()
         self._step = step
         steps = step - self._first
         return RunFlops(self._dense, float(forward), 3 * self._dense * steps, float(self._spent))

@@ -125,12 +125,12 @@ class RunMetrics:
                 self._manager.write_scalars(step, scalars)
             if pictures and jax.process_index() == 0:
                 self._write_pictures(step, pictures)
-            own = {name: clu.values.Scalar(value) for name, value in scalars.items()}
-            return {**(base.result() or {}), **own}
+            return {name: clu.values.Scalar(value) for name, value in scalars.items()}
 
-        future = self._pool.submit(write)
-        self._pending = [f for f in self._pending if not f.done() or f.exception()] + [future]
-        return future
+        own = self._pool.submit(write)
+        self._pending = [f for f in self._pending if not f.done() or f.exception()] + [own]
+        # an error of the base's summary is its own
+        return self._pool.submit(lambda: {**(base.result() or {}), **own.result()})
 
     def close(self) -> None:
         """Waits until all is written; an error of the thread is raised here."""

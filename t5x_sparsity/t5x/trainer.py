@@ -46,9 +46,15 @@ def sparse_trainer(
       **kwargs: what T5X's `train` passes to a trainer.
 
     Raises:
+      TypeError: `base` has no train step to build the sparse ones from.
       ValueError: the train state has no masks, or is at a step before the one that mask updates
         count from.
     """
+    if not hasattr(base, "_partitioned_train_step"):
+        raise TypeError(
+            f"{base.__name__} has no _partitioned_train_step property to build the sparse steps "
+            "from; bind sparse_trainer.base to a trainer that has"
+        )
     cls = type(f"Sparse{base.__name__}", (SparseTrainer, base), {})
     trainer = cls(**kwargs)
     trainer.reference_losses = dict(reference_losses or {})
@@ -117,7 +123,7 @@ class SparseTrainer:
         for kind in StepKind if self._schedules else [StepKind.PLAIN]:
             optimizer = self._train_state_axes._optimizer.optimizer_def.for_step(kind)
             view = copy.copy(self)
-            view._train_state = None
+            view.train_state = None
             view._train_state_axes = with_optimizer(self._train_state_axes, optimizer)
             step = super(SparseTrainer, view)._partitioned_train_step
             steps[kind] = TrainStep(step, optimizer)

@@ -149,3 +149,14 @@ def test_every_branch_of_a_conditional_counts():
     more = f"  %b = f32[8,4] conditional(%p, %w, %w), {branches}\n  ROOT %k"
     found, _ = collectives(tpu().replace("  ROOT %k", more))
     assert found["all-to-all"] == Collective(2, 2 * 4 * 8 * 4)
+
+
+def test_an_asynchronous_reduce_scatter_counts_its_input():
+    text = """
+ENTRY %main (w: f32[1024]) -> f32[128] {
+  %w = f32[1024]{0} parameter(0)
+  %s = ((f32[1024]{0}), f32[128]{0}) reduce-scatter-start(%w), dimensions={0}, to_apply=%add
+  ROOT %d = f32[128]{0} reduce-scatter-done(%s)
+}
+"""
+    assert collectives(text)[0] == {"reduce-scatter": Collective(1, 4 * 1024)}

@@ -200,6 +200,8 @@ def test_float32_attention_logits_change_only_rounding():
         ("dropout_rate", 1.0, "T5Config.dropout_rate must be at least 0 and below 1, got 1.0"),
         ("dtype", "float8", "T5Config.dtype must be one of .*'bfloat16'.*got 'float8'"),
         ("mlp_activations", "gelu", "T5Config.mlp_activations must be a sequence of 'linear' and"),
+        ("mlp_activations", None, r"a sequence of 'linear' and .* got None"),
+        ("mlp_activations", (len,), r"a sequence of 'linear' and .* got \(<built-in"),
         ("mlp_activations", ("gleu",), r"as \(\'gelu\', \'linear\'\), got \(\'gleu\',\)"),
     ],
 )

@@ -247,7 +247,7 @@ ERRORS = {
     ),
     "restore nothing": (
         lambda: {"restore": {"path": "/nowhere"}},
-        "/nowhere doesn't exist; give a folder checkpoint_<step>, or a MODEL_DIR",
+        "utils.RestoreCheckpointConfig.path is '/nowhere': /nowhere doesn't exist; give a folder",
     ),
     "restore empty": (
         lambda: {"restore": {"path": os.path.dirname(__file__)}},

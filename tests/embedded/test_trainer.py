@@ -268,10 +268,11 @@ def test_background_error_is_raised_at_close():
 def test_duration_runs_from_the_timer():
     manager = metrics.MetricsManager("train")
     time.sleep(0.2)
+    before = time.monotonic()
     manager.start_duration_timer()
     summary = manager.write_metrics_summary({"a": metrics.Total(3.0, "second")}, 1, 2).result()
     seconds = summary["timing/seconds"].value
-    assert 0 <= seconds < 0.2
+    assert 0 <= seconds <= time.monotonic() - before
     assert summary["a"].value == pytest.approx(3.0 / seconds)
     assert summary["timing/steps_per_second"].value == pytest.approx(2 / seconds)
     manager.close()

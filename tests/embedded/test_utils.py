@@ -210,7 +210,7 @@ def test_data_that_ends_and_nonsense_are_refused():
         next(rest)
     with pytest.raises(ValueError, match="no batch after the first 3. Train for fewer steps"):
         data.train_batches(numbers, SINGLE, 3)
-    message = "get_dataset_fn returned list; on the embedded host it must return .* Use T5X for"
+    message = "a dataset function returned list; on the embedded host it must return .* Use T5X for"
     with pytest.raises(ValueError, match=message):
         data.batch_shapes([{"x": 1}], 2)
 

@@ -14,7 +14,7 @@ from t5x_sparsity.core.trees import flatten
 
 COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
-# the embedded host, whose time is CI's, takes a mesh of each kind
+# the embedded host takes a mesh of each kind, the fast tests one that splits both axes
 MESHES = [
     pytest.param("1x4", marks=pytest.mark.slow),
     pytest.param("4x1", marks=tiny_t5.t5x_only),

@@ -63,8 +63,8 @@ def test_weights_with_schedules_of_their_own_are_counted_at_their_own_updates():
     config = ts.SparsityConfig(
         algorithm=algorithm, sparsity=0.5, rules=[ts.Rule(path="mlp/", algorithm=own)]
     )
-    trainer = tiny_t5.trainer(config)
-    slow = tiny_t5.trainer(config)  # the same steps, one at a time
+    trainer = tiny_t5.trainer(config, build=tiny_t5.model)
+    slow = tiny_t5.trainer(config, build=tiny_t5.model)  # the same steps, one at a time
     masks_at = [unpacked(slow)]
     for step in range(10):
         tiny_t5.run(slow, 1, step)

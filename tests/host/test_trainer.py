@@ -305,3 +305,8 @@ def test_axes_of_the_state_are_replicated_or_named(trainer):
     axes = trainer._train_state_axes
     assert axes._optimizer.state.step == PartitionSpec()
     assert axes._optimizer.state.sparsity.rng == PartitionSpec()
+
+
+def test_a_base_without_a_train_step_is_named():
+    with pytest.raises(TypeError, match="object has no _partitioned_train_step property .* bind"):
+        sparse_trainer(object)
