@@ -44,9 +44,10 @@ def get_local_data(x: Any) -> Any:
 
 def all_steps(directory: str) -> list[int]:
     """The steps of the complete checkpoints in `directory`, ascending; [] if there is no folder."""
-    folders = epath.Path(directory).glob(f"{_PREFIX}_*/{_STATE}")
-    names = (re.fullmatch(rf"{_PREFIX}_(\d+)", folder.parent.name) for folder in folders)
-    return sorted(int(name[1]) for name in names if name)
+    # no glob, to which brackets in the folder's name would be a pattern
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    found = (re.fullmatch(rf"{_PREFIX}_(\d+)", name) for name in names)
+    return sorted(int(m[1]) for m in found if m and os.path.isdir(f"{directory}/{m[0]}/{_STATE}"))
 
 
 def latest_step(directory: str) -> int | None:

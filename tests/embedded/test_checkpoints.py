@@ -149,6 +149,12 @@ def test_save_copies_before_it_returns(tmp_path):
     assert all(np.array_equal(kept[name], flat(got)[name]) for name in kept)
 
 
+@pytest.mark.parametrize("name", ["run[lr=0.1]", "a*b", "what?"])
+def test_steps_are_found_whatever_the_folder_is_called(tmp_path, name):
+    (tmp_path / name / "checkpoint_7" / "state").mkdir(parents=True)
+    assert checkpoints.all_steps(str(tmp_path / name)) == [7]
+
+
 def test_torn_folders_are_passed_over_and_cleared(tmp_path):
     saved(tmp_path, tree(1))
     torn = tmp_path / "checkpoint_2.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"

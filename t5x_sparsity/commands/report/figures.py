@@ -139,7 +139,7 @@ def _churn_by_layer(run: ReportRun) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Paths, steps, and churn of shape [paths, steps], NaN where a mask wasn't updated."""
     series = {p: s for p, s in run.group("mask_churn").items() if p != TOTAL}
     paths = sorted(series, key=natural)
-    steps = np.unique([step for s in series.values() for step in s.steps])
+    steps = np.unique(np.concatenate([[], *(s.steps for s in series.values())]).astype(int))
     steps = np.array(evenly_spaced(steps, MAX_COLUMNS))
     churn = np.full((len(paths), len(steps)), np.nan)
     for row, path in enumerate(paths):
